@@ -63,7 +63,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """Returns the names that are valid values of a config key; empty for keys without such names.
+  """Returns the valid names for the value of a config key; empty if the value is not a name.
 
   The names are in the order of the list or the registry that defines them.
   """
@@ -257,7 +257,7 @@ def check_augment(config: ConfigDict) -> None:
 
 
 def check_partners(config: ConfigDict) -> None:
-  """Raises ValueError if images are mixed in pairs, but micro-batches have an odd size."""
+  """Raises ValueError if images are mixed in pairs, but a micro-batch has an odd size."""
   parts = config.micro_batches or 1
   if mixes(config.augment) and config.batch_size % (2 * parts):
     raise ValueError(

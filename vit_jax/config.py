@@ -45,7 +45,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that have no value yet, because `init` or the data may set them later."""
+  """Returns the keys that have no value yet; the `init` weights or the data can set them later."""
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}
@@ -53,7 +53,7 @@ def unset(config: Mapping) -> set[str]:
 
 
 def is_switch(key: str) -> bool:
-  """Returns whether the text names a Boolean key."""
+  """Returns whether `key` is the name of a Boolean config key."""
   return key in KEYS and KEYS[key].kind is bool
 
 
@@ -75,7 +75,7 @@ def unknown(key: str) -> str:
 
 
 def hint(near: Sequence[str]) -> str:
-  """Returns e.g. the text " Did you mean a or b?" for the names in `near`; empty without names."""
+  """Returns a text like " Did you mean a or b?" for the names in `near`; empty without names."""
   return f' Did you mean {" or ".join(near)}?' if near else ''
 
 
@@ -196,7 +196,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
 
 
 def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
-  """Returns a copy of the config, in which `values` sets keys that have no value (`unset`)."""
+  """Returns a copy of the config, in which keys without a value (`unset`) are set from `values`."""
   config = copy.deepcopy(config)
   for key in unset(config) & set(values):
     section, _, name = key.rpartition('.')
@@ -251,11 +251,11 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Context manager that reports which `--import` modules of a run this process has not imported.
+  """Context manager that reports a run's `--import` modules that are missing in this process.
 
-  If the code in the context raises a ValueError, the names are added to the message of this error.
-  Otherwise a warning with the names is logged. The modules are not imported, because a checkpoint
-  must not decide which code is executed.
+  If the code in the context raises a ValueError, the names of the missing modules are added to the
+  message of the error. If the code succeeds, a warning lists the names. The modules are never
+  imported here, because a checkpoint must not decide which code is executed.
 
   Args:
     saved: contents of a checkpoint's item `config`; its list `imports` names the modules.

@@ -1,7 +1,4 @@
-"""Builds the model, the loss and the augmentations of a run from its config.
-
-`opening.py` opens the data and the weights.
-"""
+"""Builds the model, the loss and the augmentations of a run from its config."""
 
 from collections.abc import Callable, Sequence
 import copy
@@ -50,11 +47,12 @@ DEFAULTS = {'model.variant': 'B/16', 'data.mean': (0.5,), 'data.std': (0.5,)}
 class Experiment:
   """The model that a config describes, with the functions that training and evaluation need.
 
-  `fit` resizes an image on the host. `names` has the files that the weights were trained on; None
-  if unrecorded. Only training sets `teacher`, if there is one, and `weight_L`, the loss weight of
-  each class, if they differ; else both are None. `calibration` turns logits into probabilities.
-  `parts` is the number of micro-batches with which a step fits into memory; None if not computed.
-  `pack` pads images that keep their aspect ratio; None if images are resized to one shape.
+  `fit` resizes an image on the host. `names` lists the files that the weights were trained on; None
+  if no list was recorded. Only training needs `teacher` (None without a teacher) and `weight_L`,
+  the weight of each class in the loss (None without class weights). `calibration` turns logits into
+  probabilities. `parts` is the number of micro-batches with which a training step fits into memory;
+  None if not computed. `pack` pads images that keep their aspect ratio; None if all images are
+  resized to one shape.
   """
 
   config: ConfigDict
@@ -74,12 +72,12 @@ class Experiment:
 
   @property
   def objective(self) -> Objective:
-    """The entry of `OBJECTIVES` that the config selects: what training minimises."""
+    """The entry of `OBJECTIVES` that the config selects; it defines what training minimises."""
     return objective_of(self.config)
 
   @property
   def chosen_attention(self) -> str:
-    """The kernel that the run chose if the config says `model.attention=auto`; else `auto`."""
+    """The attention kernel that the run chose; `auto` if the config names a kernel itself."""
     return self.model.attention if self.config.model.attention == 'auto' else 'auto'
 
   @property
@@ -122,8 +120,9 @@ class Experiment:
   ) -> 'Experiment':
     """Returns an experiment for another image size and patch size, with the same parameters.
 
-    None leaves a size unchanged. Positions are stretched over the new patch grid, and the patch
-    embedding is resized. If images are stored at the input size, the stored size changes too.
+    If an argument is None, that size does not change. Positions are stretched over the new patch
+    grid, and the patch embedding is resized. Images that are stored at the size of the model's
+    input are stored at the new size.
     """
     own, own_patch = pair(self.config.data.image_size), self.model.patch_size
     size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')
@@ -171,8 +170,8 @@ class Experiment:
   def probabilities(self, params: dict, image_BHWC: jax.Array) -> jax.Array:
     """Computes the probability of each class, `[B, L]`, for uint8 images `[B, H, W, C]`.
 
-    This is the softmax of the logits divided by the temperature. If images can have several labels,
-    or `calibration.sigmoid` is True, it is the sigmoid of the logits.
+    The logits are divided by the temperature before the softmax. If images can have several labels,
+    or `calibration.sigmoid` is True, the probabilities are the sigmoid of the logits instead.
     """
     logits_BL = self.logits(params, {'image': image_BHWC})
     if self.task.multi_label or self.calibration.sigmoid:
@@ -180,10 +179,10 @@ class Experiment:
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns the best number of micro-batches into which a device divides its part of a batch.
+    """Returns the fastest number of micro-batches for a device's part of a batch.
 
-    If a device gets an even number of images, two images that are mixed with each other are in
-    one micro-batch.
+    If each device gets an even number of images, two images that are mixed with each other stay in
+    the same micro-batch.
     """
     size, patch = self.image_shape, self.model.patch_size
     patches = self.pack.most if self.pack else (size[0] // patch[0]) * (size[1] // patch[1])
@@ -206,7 +205,7 @@ class Experiment:
     """Returns a forward pass `(batch, params) -> result` that fits into memory.
 
     Args:
-      build: maps a number of micro-batches to the jitted function.
+      build: `build(n)` returns the jitted function that divides a batch into n micro-batches.
       mesh: mesh of the devices.
       held: bytes that arrays other than batch and parameters occupy on each device.
     """
@@ -233,8 +232,8 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: the keys do not give a valid model, or the model does not fit the images. Or the
-      loss or the classifier does not fit the labels.
+    ValueError: the config does not describe a valid model. Or the model does not fit the images, or
+      the loss or the classifier does not fit the labels.
   """
   if not objective_of(config).labels:
     task = dataclasses.replace(task, class_names=(), multi_label=False)
@@ -281,7 +280,7 @@ def assemble_for(config: ConfigDict, source: Source) -> Experiment:
 
 
 def group(config: ConfigDict) -> int:
-  """Returns how many consecutive examples must be on one device: 2 if images are mixed, else 1."""
+  """Returns how many consecutive examples must be on one device: 2 for mixup and cutmix, else 1."""
   return 2 if mixes(config.augment) else 1
 
 

@@ -38,9 +38,9 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
   If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
 
-  If the weights have the classes of the data, their head is kept. Otherwise, a head of zeros
-  replaces their head, pre-logits layer and projection. If the objective needs no labels, the model
-  has no head.
+  If the weights have the same classes as the data, the head of the weights is kept. Otherwise, a
+  head of zeros replaces the head, the pre-logits layer and the projection of the weights. If the
+  objective needs no labels, the model has no head.
 
   Returns:
     The config completed from the weights, the parameters, and the training files of the weights
@@ -74,7 +74,10 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
 
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
-  """Returns whether the head must be replaced: its classes differ or are unknown, or it is k-NN."""
+  """Returns whether a new head for these classes must replace the head of the weights.
+
+  The old head is kept only if its classes are known and equal to `classes`, and it is no k-NN head.
+  """
   return found.class_names != classes or found.fields.get('examples') is not None
 
 
@@ -122,8 +125,9 @@ def open_teacher(
   """Opens the teacher that `distill.teacher` names.
 
   Returns:
-    The teacher, and the files it was trained on, because the student indirectly learns from these
-    files. If the config names no teacher: None, and no files.
+    The teacher; None if the config names no teacher.
+    The files that the teacher was trained on, because the student indirectly learns from these
+      files. Without a teacher, there are no files.
 
   Raises:
     ValueError: the weights do not exist, have no head, or do not fit the data.

@@ -20,10 +20,10 @@ class Key:
     unit: unit of the value; empty for a name, a switch or a plain number.
     kind: type of the values; required only if the default is None.
     range: (lowest, highest) valid value, both included.
-    choices: valid names, or the name of their registry in `check.REGISTRIES`.
-    may_change: whether the key may have a new value when a run is resumed.
-    open: whether the value may be None although the default is not None. A new run then chooses a
-      value for its data (`sizing.py`).
+    choices: valid names, or the name of a registry in `check.REGISTRIES` that has these names.
+    may_change: whether the user can change the value when a run is resumed.
+    open: whether the user can set the key to None, although its default is not None. A new run then
+      chooses a value that suits its data (`sizing.py`).
   """
 
   default: object

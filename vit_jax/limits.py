@@ -29,11 +29,12 @@ class OutOfMemory(MemoryError):
 def memory_for(what: str) -> Iterator[None]:
   """Context manager that turns errors about a lack of memory or threads into `OutOfMemory`.
 
-  It also works as a decorator. In nested contexts, the innermost one sets the message.
+  The function also works as a decorator. In nested contexts, the innermost context sets the
+  message.
 
   Args:
-    what: name of the activity for the message. If it is a key of `LESS`, the message gives the
-      remedy listed there.
+    what: name of the activity for the message. If `what` is a key of `LESS`, the message also gives
+      the remedy `LESS[what]`.
   """
   try:
     yield

@@ -26,7 +26,7 @@ def choose(what: str, name: str, table: Collection[str]):
 
 
 def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, object]:
-  """Returns the `arguments` that a function accepts; all of them if it has `**kwargs`."""
+  """Returns the `arguments` that a function accepts; all `arguments` if it has `**kwargs`."""
   parameters = inspect.signature(function).parameters.values()
   if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
     return dict(arguments)
@@ -36,7 +36,7 @@ def accepted(function: Callable, arguments: Mapping[str, object]) -> dict[str, o
 
 
 def difference(ones: Sequence[str], others: Sequence[str]) -> str:
-  """Returns a text on how two lists of class names differ, without a full stop at its end."""
+  """Describes how two lists of class names differ; the text has no full stop at its end."""
   only = sorted({*ones} ^ {*others})
   return f'Classes in only one of the two lists: {abridged(only)}' if only else 'The order differs'
 

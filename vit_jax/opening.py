@@ -62,17 +62,17 @@ class Request:
   """The trained model that a mode works with.
 
   Attributes:
-    workdir: folder of a training run; None with `init`.
+    workdir: folder of a training run; None if `init` is given.
     init: published weights instead of a workdir; anything that `vit_jax.load` reads.
-    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the best if checkpoints
-      have a validation accuracy, else the last.
+    step: checkpoint of the workdir: `best`, `last` or a step number. Empty: the checkpoint with the
+      best validation accuracy, or the last checkpoint if no accuracy was measured.
     overrides: dotted keys and their values as text; they override the config of the weights.
     config: config of `--config`, to which the overrides are already applied. An error is raised if
       the run in the workdir has a different config. None: any config is accepted.
     zero_shot: npz file with text embeddings of the classes, for `init` weights of CLIP or SigLIP.
       None if the weights have a head, or only features are needed.
-    max_patches: maximum number of patches of an image that keeps its aspect ratio. None: all images
-      get the size `data.image_size`.
+    max_patches: maximum number of patches of an image; images then keep their aspect ratio. None:
+      all images are resized to `data.image_size`.
   """
 
   workdir: pathlib.Path | None = None
@@ -273,8 +273,8 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
 
   Args:
     request: the model to open.
-    classes: classes of the model, as in `from_init`. A model trained without labels has no classes.
-      If the request names such a model, `classes` must be `data` or `any`.
+    classes: classes of the model, as in `from_init`. A model that was trained without labels has no
+      classes, so that `classes` must then be `data` or `any`.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.

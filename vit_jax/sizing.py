@@ -1,13 +1,11 @@
-"""Chooses values for open keys of a config, from the number and the size of the images.
-
-A key is open if its value is None.
+"""Chooses values for config keys that are None, from the number and the size of the images.
 
 Decisions:
   * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
     smaller, down to `MIN_BATCH`. If this is not enough, the run gets more epochs.
-  * A batch has at most as many images as the training split, unless the devices cannot divide such
-    a small batch.
-  * A batch size is a power of two times the smallest batch size that the devices can divide.
+  * The batch size is the smallest size that the devices can divide, multiplied by a power of two.
+  * A batch has at most as many images as the training split, except that it always has the smallest
+    size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
     Section 2.1). The updates of the other optimizers do not grow with the gradient, so their
     learning rate is proportional to the square root of the batch size (Malladi et al. 2022,
@@ -48,15 +46,15 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
 
 
 def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
-  """Returns the config, in which open keys have values chosen for the data, and logs the values.
+  """Returns the config, in which keys that were None now have values that suit the data.
 
-  A key is open if its value is None. With `init`, the image size stays open, because it is later
-  taken from the weights.
+  The new values are logged. With `init`, `data.image_size` stays None, because the image size is
+  later taken from the weights.
 
   Args:
     config: checked config of a new run.
-    source: dataset of the run. If it is None or has no examples, the data is not available. The
-      values then come from the section `recipe` of the config.
+    source: dataset of the run. If the data is not available (None, or a source without splits), the
+      values come from the section `recipe` of the config.
   """
   source = source if source and source.sizes else None
   found = from_first(lambda: chosen_values(config, source))
@@ -140,7 +138,7 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
 
 
 def class_counts(source: Source, split: str) -> np.ndarray | None:
-  """Returns how many images of a split each class has, `[L]`; None without files or labels.
+  """Returns the number of images of each class in a split, `[L]`; None without files or labels.
 
   Raises:
     ValueError: the split has no images.
@@ -163,11 +161,12 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 
 
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
-  """Returns values for `data.image_size` and, if that key is also open, for `model.patch_size`.
+  """Returns values for `data.image_size` and, if that key is also not set, `model.patch_size`.
 
-  The image size is the largest one in `PATCHES` that is not above the median of the images'
-  shorter sides. If the config sets a patch size, the image size is rounded down to a multiple of
-  the patch size.
+  The image size is the largest size in `PATCHES` that is at most the median of the images' shorter
+  sides. If the median is smaller than all sizes, the smallest size is used. If the dataset is not
+  available, the largest size is used. If the config or the variant sets a patch size, the image
+  size is rounded down to a multiple of the patch size.
 
   Args:
     config: config of a new run.

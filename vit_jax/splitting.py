@@ -55,15 +55,16 @@ def open_training(config: ConfigDict) -> Source:
 def open_splits(
   experiment: Experiment, source: Source, seen: TrainingFiles
 ) -> tuple[Split, Split | None, Split]:
-  """Opens the splits for training, validation (None without one) and test.
+  """Opens the training, validation and test splits; None instead of a missing validation split.
 
-  The files in `seen`, which the weights were trained on, are removed from validation and test. The
-  final run of a learning-rate sweep also trains on the validation split. So in a run with a sweep,
-  validation loses only the files on which `init` or the teacher was trained before the run.
+  `seen` lists the files on which the weights were trained. These files are removed from the
+  validation and test splits. The final run of a learning-rate sweep also trains on the validation
+  split. So in a run with a sweep, only the files on which `init` or the teacher was trained before
+  the run are removed from the validation split.
 
   Raises:
-    ValueError: the weights were trained on the whole validation or test split or, for data without
-      files, on a part of the test split.
+    ValueError: the weights were trained on the whole validation split or the whole test split. Or
+      the data has no files, and the weights were trained on a part of the test split.
   """
   data, size = experiment.config.data, experiment.task.stored_size
 
@@ -103,7 +104,7 @@ def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
 
 
 def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
-  """Returns the experiment of a run, and chooses its `data.cache` and the stored image size.
+  """Chooses `data.cache` and the size of stored images, and returns the experiment of a run.
 
   Args:
     config: config of the run.

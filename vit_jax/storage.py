@@ -29,7 +29,7 @@ class Unwritten(OSError):
 
 
 class Passing(ValueError):
-  """Raised in all processes if a bucket does not answer one of them; a later try may succeed."""
+  """Raised in every process if a bucket does not answer one process; trying again can succeed."""
 
 
 class NoMistake(ValueError):
@@ -37,7 +37,10 @@ class NoMistake(ValueError):
 
 
 def exit_code(error: BaseException | None) -> int:
-  """Returns the exit code: `TRY_AGAIN` if a bucket did not answer, 1 after `NoMistake`, else 2."""
+  """Returns the exit code of a program that ends with this error.
+
+  The code is `TRY_AGAIN` if a bucket did not answer, 1 for `NoMistake`, and 2 for other errors.
+  """
   while error is not None:
     if isinstance(error, bucket.NoAnswer | Passing):
       return TRY_AGAIN

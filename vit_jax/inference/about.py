@@ -76,7 +76,8 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
 def probabilities_text(exp: Experiment) -> str:
   """Returns a sentence that says how the model's probabilities were calibrated.
 
-  If images can have several labels, the sentence says instead which probability gives a label.
+  If images can have several labels, the sentence instead gives the probability from which on the
+  model predicts a label.
   """
   found = exp.calibration
   on = f'{found.examples:,} validation images'

@@ -94,7 +94,8 @@ def front_matter(library: str, model: ViT) -> str:
 def name_of(model: ViT) -> str:
   """Returns a short name of a model: its variant and patch size, e.g. `B/16`.
 
-  If the model is not one of `VARIANTS`, the name begins with its width and depth, e.g. `64x6/8`.
+  If the model is not one of `VARIANTS`, width and depth replace the variant's name: `64x6/8` has
+  width 64, depth 6 and patch size 8.
   """
   p, q = model.patch_size
   patch = f'{p}' if p == q else f'{p}x{q}'
@@ -214,8 +215,8 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 def precision_text(compared: Comparison | None) -> str:
   """Returns the precision of the exported files as text, e.g. `int8`.
 
-  For a precision that needs sample images, the text also gives their number. `compared` is None for
-  an export in float32.
+  If the precision needs sample images, the text also gives the number of these images. `compared`
+  is None for an export in float32.
   """
   if compared is None:
     return 'float32'

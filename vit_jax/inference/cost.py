@@ -70,7 +70,7 @@ class Summary:
     train_flops: FLOPs of a training step for one image, including the backward pass.
     teacher: cost of a forward pass of the teacher for one image; None if no step runs a teacher.
     run_flops: FLOPs of the whole run; None if the number of examples is unknown.
-    state_bytes: bytes of each part of the training state on each device. The keys are `params`,
+    state_bytes: `{part: bytes}` for the training state on each device. The parts are `params`,
       `gradients`, `optimizer`, `averages` (averaged weights) and `teacher`.
     devices: number of devices of this machine, among which a batch is divided.
     at_once: number of images whose activations a device holds at the same time.
@@ -170,9 +170,9 @@ def patch_notes(exp: Experiment) -> list[str]:
 
 
 def state_bytes(exp: Experiment, shapes: TrainState, mesh: Mesh) -> dict[str, int]:
-  """Returns the bytes of each part of the training state on each device, by name of the part.
+  """Returns `{part: bytes}` for the parts of the training state that each device holds.
 
-  `Summary.state_bytes` lists the names.
+  `Summary.state_bytes` lists the names of the parts.
 
   Args:
     exp: the experiment.
@@ -201,7 +201,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Returns a key by which modules are sorted in the order of the model, and then by name."""
+  """Returns a sort key that orders modules as in the model, and then by name."""
   order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *objective_params(), OTHER)
   return order.index(name.partition('/')[0]), name
 
@@ -259,10 +259,10 @@ def mib(size: int) -> str:
 
 
 def memory_text(summary: Summary) -> list[str]:
-  """Returns a list with one line on settings with which a training step fits into memory.
+  """Returns a list with one line: the settings with which a training step fits into memory.
 
-  The settings are the number of micro-batches and `model.remat` (recomputation of activations). The
-  list is empty if no memory limit is known.
+  The settings are the number of micro-batches and `model.remat` (recomputation of activations). If
+  no memory limit is known, the list is empty.
   """
   exp = summary.exp
   if not exp.parts:

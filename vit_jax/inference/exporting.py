@@ -56,8 +56,8 @@ def export(
     format: one of `FORMATS`.
     out: output folder, created if it is missing. An earlier export in this folder is replaced,
       including its model card.
-    step: checkpoint of a workdir to export: `best`, `last`, a number, or '' for the best checkpoint
-      if there is a validation accuracy, else the last.
+    step: which checkpoint of a workdir to export, `best`, `last` or a number. Empty: the checkpoint
+      with the best validation accuracy, or the last checkpoint if no accuracy was measured.
     precision: `float32`, or one of the format's `precisions`.
     overrides: config keys, which must be in `measuring.READ`, and their values as text. For
       example, set `data.dir` if the images have been moved since training.
@@ -99,8 +99,9 @@ def export(
 def expected_grid(found: Weights) -> Adaptation:
   """Returns the `Adaptation` that resizes position embeddings to the expected image size.
 
-  Position embeddings in a file can be for another image size than the weights expect, as in DINOv2.
-  `predict` also resizes them. If the expected size is unknown, the `Adaptation` resizes nothing.
+  A file can contain position embeddings for another image size than its weights expect, as in
+  DINOv2. `predict` resizes such position embeddings too. If the expected size is unknown, the
+  `Adaptation` resizes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))
@@ -265,7 +266,8 @@ def remove_empty(folder: pathlib.Path) -> None:
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError if a folder contains a run, or a weight file that must not be replaced.
 
-  `names` are the files that the export writes. It may replace weight files with these names only.
+  `names` are the names of the files that the export writes. Only weight files with these names can
+  be replaced.
   """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}
@@ -279,7 +281,7 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
   """Returns the image size, (height, width) in pixels, that fits the learned position embeddings.
 
-  The size follows from the model's `learned_grid`. If `learned_grid` is None, images are square.
+  The size follows from the model's `learned_grid`. If `learned_grid` is None, the size is square.
 
   Raises:
     ValueError: the model has no learned positions, or their grid is unknown and not square.

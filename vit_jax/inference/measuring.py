@@ -65,8 +65,8 @@ class Comparison:
   """Measurements of a program in several precisions, for the model card of an export.
 
   Attributes:
-    found: `{name of the precision: measurements}`, float32 first. The last precision is the one of
-      the export.
+    found: `{name of the precision: measurements}`, float32 first, and the precision of
+      the export last.
     machine: description of the machine on which the latency was measured.
     test: description of the images on which the quality was measured, or the reason why the quality
       was not measured.
@@ -85,8 +85,8 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
 
   Args:
     overrides: config keys and their values as text.
-    measures: whether this export reads images. An export in float32 reads no images, so it reads no
-      config key.
+    measures: whether this export reads images. An export in float32 reads no images and therefore
+      no config keys.
   """
   for key in overrides:
     choose('--mode=export: config key', key, READ)
@@ -105,12 +105,12 @@ def open_experiment(
 ) -> Experiment | None:
   """Opens the experiment of exported weights, with the dataset that they were trained on.
 
-  If the weights come from a run, the run's config names the dataset. Other weights do not store
-  their dataset, so `overrides` must set `data.source`; otherwise the result is None.
+  If the weights come from a run, the run's config names the dataset. Published weights do not name
+  their dataset, so `overrides` must set `data.source`. Without this override, the result is None.
 
   Args:
     path: anything that `vit_jax.load` reads.
-    step: checkpoint of a workdir: `best`, `last`, a number, or '' for the default of `Request`.
+    step: checkpoint of a workdir: `best`, `last` or a number; empty: as in `Request`.
     overrides: config keys and their values as text.
     zero_shot: npz file with text embeddings of the classes, as in `Request`.
 
@@ -129,9 +129,9 @@ def open_experiment(
 def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.ndarray:
   """Returns sample images, uint8 `[N, H, W, C]`, for the conversion to int8.
 
-  The conversion measures the ranges of activations on these images. They are spread evenly over the
-  validation split. If there is no validation split, they come from the training split. The classes
-  of the dataset can differ from the classes of the model.
+  The conversion measures the ranges of activations on these images. The images are spread evenly
+  over the validation split, or over the training split if there is no validation split. The dataset
+  can have other classes than the model, because the conversion does not use labels.
 
   Args:
     path: path of the weights, for messages.
@@ -172,14 +172,13 @@ def compare(
 ) -> Comparison:
   """Measures size, latency and accuracy of a program in several precisions.
 
-  If the accuracy of the last precision is lower than the accuracy in float32 by more than
-  `NOTABLE`, a warning is logged.
+  A warning is logged if the accuracy of the exported program is more than `NOTABLE` below the
+  accuracy in float32.
 
   Args:
     program: the program.
     opens: `(folder) -> run` opens the written program in a folder.
-    folders: the folder of each precision. float32 is the first precision. The precision of the
-      export is the last.
+    folders: `{precision: folder}`, float32 first, and the precision of the export last.
     exp: experiment of the weights; None if their dataset is unknown.
   """
   runs = {name: opens(folder) for name, folder in folders.items()}

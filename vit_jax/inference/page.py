@@ -161,7 +161,7 @@ def build(
 
 
 class Parts(NamedTuple):
-  """The Gradio components of the page that the event handlers read or change."""
+  """The Gradio components that the event handlers of the page read or change."""
 
   file: gr.File
   gallery: gr.Gallery
@@ -239,7 +239,7 @@ def show(seen: Seen | None) -> np.ndarray | None:
 
 
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
-  """Registers the event handlers for a chosen file, example, layer or head.
+  """Registers functions that update the page when a file, example, layer or head is chosen.
 
   `seen` holds the `Seen` of the image that a visitor's session currently shows.
   """

@@ -173,7 +173,8 @@ with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 def forward(query_BQKE, key_BNKE, value_BNKE, keep_BKQN, rate):
   """Forward pass of `with_gradient`: returns the output of `plain`, and arrays for `backward`.
 
-  These arrays include the attention weights before normalisation, `exp(logit - largest logit)`.
+  The arrays for `backward` include the attention weights before normalisation, which are
+  `exp(logit - largest logit)`.
   """
   scale = query_BQKE.shape[-1] ** -0.5
   query_BKEQ, key_BKEN, value_BKEN = map(heads_first, (query_BQKE * scale, key_BNKE, value_BNKE))
@@ -195,8 +196,8 @@ def backward(rate, saved, dy_BQKE):
   of the dropout mask is None.
 
   The gradient of the softmax needs `sum_n w dw`, a sum over N tokens, where w are the attention
-  weights and dw is their gradient. This sum equals `sum_e y dy`, which has only E terms. Here y is
-  the output of attention, and dy is its gradient.
+  weights and dw is the gradient of the weights. This sum equals `sum_e y dy`, which has only E
+  terms. Here y is the output of attention, and dy is the gradient of the output.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype
@@ -217,9 +218,9 @@ with_gradient.defvjp(forward, backward)
 
 
 def over_heads(left_BKEN: jax.Array, right_BKEQ: jax.Array) -> jax.Array:
-  """Returns the inner product of each left and each right token, by head: `[B, K, N, Q]`.
+  """Returns, for each head, the inner products of left and right tokens: float32 `[B, K, N, Q]`.
 
-  The products sum over E, the size of a head. They are float32.
+  Each product is a sum over E, the size of a head.
   """
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   if wants_stored(left_BKEN.dtype):

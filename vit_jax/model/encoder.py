@@ -21,8 +21,8 @@ class Encoder(nn.Module):
   """The blocks and the LayerNorm after the last block: `[B, N, D]` to `[B, N, D]`.
 
   Attributes:
-    block: description of the last block. The rate of stochastic depth rises linearly from 0 in the
-      first block to this block's rate.
+    block: settings of the last block. The other blocks differ only in their rate of stochastic
+      depth, which rises linearly from 0 in the first block to the rate of the last block.
     depth: number of blocks.
     final_norm: whether a LayerNorm follows the last block.
     remat: which values are saved for the backward pass, one of `REMAT`.
@@ -119,8 +119,8 @@ def kept(
     prefix: number of tokens before the patches.
 
   Returns:
-    The tokens `[B, prefix + S, D]`, and cosine and sine for them, `[B, prefix + S, E/2]` each, or
-    None.
+    The kept tokens, `[B, prefix + S, D]`.
+    Cosine and sine of the kept tokens, `[B, prefix + S, E/2]` each; None if `rope_NE` is None.
   """
   before_BP = jnp.broadcast_to(jnp.arange(prefix), (len(seen_BS), prefix))
   place_BT = jnp.concatenate([before_BP, prefix + seen_BS], axis=1)

@@ -1,9 +1,9 @@
 """The k-NN head, which classifies by the nearest training images, and `head_logits` for all heads.
 
 The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4). Its constants
-are those in the paper and the code of DINO (Caron et al. 2021, 2104.14294, Section 4.1). The 20
-training images with the highest cosine similarity vote for their classes. A vote has the weight
-exp(similarity / 0.07).
+come from the paper and the code of DINO (Caron et al. 2021, 2104.14294, Section 4.1). To classify
+an image, the 20 training images with the highest cosine similarity to the image vote for their
+classes. A vote has the weight exp(similarity / 0.07).
 
 Decisions:
   * The stored features and labels are parameters, so checkpoints, inference and exported
@@ -49,7 +49,8 @@ def knn_logits(
 ) -> jax.Array:
   """Returns the logits `[B, L]` of the k-NN classifier: the logarithm of the votes for each class.
 
-  Votes are divided by the vote of the nearest training image, which does not change the softmax.
+  All votes are divided by the vote of the nearest training image. This division does not change the
+  softmax of the logits.
 
   Args:
     x_BD: features of the images to classify.

@@ -2,7 +2,8 @@
 
 Decisions:
   * Random numbers for an example depend on its index in the batch of all devices, never on the
-    shape of an array. So they are the same for any number of devices or micro-batches.
+    shape of an array. So an example gets the same numbers for any number of devices or
+    micro-batches.
   * A model returns its attention weights only in Flax's collection `intermediates`, under the name
     `attention_BKNN` of each attention layer. Apply the model with `mutable=['intermediates']` to
     receive this collection.
@@ -33,9 +34,10 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-  """Description of an encoder block; `ViT` documents the attributes with the same names.
+  """Settings of an encoder block, which have the same names as the attributes of `ViT`.
 
-  `head_dim` is the size of a head, and `stochastic_depth` is the rate of this block.
+  `ViT` documents the attributes. Two attributes differ: `head_dim` is never None, and
+  `stochastic_depth` is the rate of this block.
   """
 
   num_heads: int
@@ -61,7 +63,7 @@ class Dense(nn.Module):
 
   Attributes:
     features: shape of the output's last axes; the kernel's shape is `[*inputs, *features]`.
-    axes: number of axes of x, counted from the last, that the product sums over.
+    axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
     kernel_init: initializer of the kernel; it receives the two-dimensional shape of the kernel.
@@ -189,7 +191,7 @@ class Attention(nn.Module):
 
 
 def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns the hidden units `f(x W + b)` (paper, Section 3.1; f: activation): `[B, N, M]`."""
+  """Returns the hidden units `f(x W + b)`, `[B, N, M]`, where f is the activation."""
   return ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
 
 
@@ -204,7 +206,7 @@ def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 
 def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns `gated_units` after a LayerNorm (Fang et al. 2023, 2303.11331, 2.1): `[B, N, M]`."""
+  """Returns `gated_units` after a LayerNorm, `[B, N, M]` (Fang et al. 2023, 2303.11331, 2.1)."""
   norm = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='hidden_norm')
   return norm(gated_units(block, dense, x_BND))
 

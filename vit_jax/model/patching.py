@@ -181,7 +181,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. Its `position_grid` must be the grid that its positions are for.
+      model: the model. `model.position_grid` must be the grid for which its positions were made.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

@@ -28,8 +28,8 @@ class Pool:
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
-    params: names of the top-level parameters that the pool adds. `last_layer` lists these names and
-      the head.
+    params: names of the top-level parameters that the pool adds to the model. The
+      function `last_layer` returns these names too.
     linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
       Attention maps then average the attention of these tokens with the same weights.
     probe: function `(model, sown) -> share_BKN` of a pool with learned attention. It returns the
@@ -79,7 +79,7 @@ def first(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None)
 
 
 def map_pool(model: nn.Module, x_BND: jax.Array, length_B: jax.Array | None = None) -> jax.Array:
-  """Pools the patch tokens with a `MapHead` of the model's sizes: returns `[B, D]`."""
+  """Pools the patch tokens with a `MapHead` that has the model's sizes: returns `[B, D]`."""
   fields = dict(qkv_bias=True, key_bias=None, qk_norm=False, out_norm=False, mlp='plain')
   block = dataclasses.replace(model.block, **fields)
   patches_B = None if length_B is None else length_B - model.num_prefix

@@ -25,9 +25,10 @@ class Position:
   """A position embedding, an entry of `POSITIONS`, and its properties.
 
   `table` and `angles` receive the model with its parameters (Flax's `bind`) and two grids, each as
-  patches (down, across). `grid` is the grid of the image. `whole` is the grid that the positions
-  were made for. If the image has a different size, the two grids differ, and the positions are
-  stretched to the image. Use `model.learned(name, init, shape)` to get a learned parameter.
+  numbers of patches (down, across). `grid` is the grid of the image. `whole` is the grid that the
+  positions were made for. If the image has a different size, the two grids differ, and the
+  positions are stretched to the image. `model.learned(name, init, shape)` returns a learned
+  parameter.
 
   Attributes:
     table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to the patches and to the

@@ -2,7 +2,7 @@
 
 The paper describes the hybrids in Section 3.1, "Hybrid architecture". Kolesnikov et al. 2019
 (1912.11370) describe weight standardisation and GroupNorm. Parameters have the same names as in the
-paper's files.
+files with the paper's weights.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 def stem_stride(stages: tuple[int, ...]) -> int:
   """Returns the factor by which the stem reduces height and width.
 
-  The root has the factor 4, and each stage after the first has the factor 2.
+  The root reduces both by the factor 4, and each stage after the first by the factor 2.
   """
   return 4 * 2 ** max(len(stages) - 1, 0)
 

@@ -44,7 +44,7 @@ class ViT(nn.Module):
     mlp_dim: M, hidden width of a block's MLP.
     head_dim: E, size of a head; None for `width / num_heads`.
     pool: how tokens become one vector, one of `POOLS`.
-    class_token: whether the model has a class token; None: only if the pool reads it.
+    class_token: whether the model has a class token. None: True if the pool reads it, else False.
     position: position embedding, one of `POSITIONS`.
     position_prefix: which tokens before the patches have a learned position, one of
       `POSITION_PREFIXES`: `cls` (the class token only, as in the paper), `none`, or `all`.
@@ -54,8 +54,8 @@ class ViT(nn.Module):
       model checks that this grid equals `position_grid`, or the grid of the image if
       `position_grid` is None. None: unknown; the model checks only the number of patches.
     rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
-    rope_grid: (down, across), the grid in which `learned_rope` measures coordinates. None: the grid
-      that the positions are made for.
+    rope_grid: (down, across), the grid whose patches are the unit of coordinates if `position` is
+      `learned_rope`. None: the grid that the positions are made for.
     num_registers: number of registers, learned tokens between the class token and the patches
       (Darcet et al. 2023, 2309.16588).
     representation_size: width of the pre-logits layer, a linear layer with tanh before the head;
@@ -69,8 +69,8 @@ class ViT(nn.Module):
     stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from
       0 in the first block.
     layer_scale: initial value of LayerScale; None for no LayerScale.
-    pre_norm: whether a LayerNorm precedes the first block and the embedding has no bias, as in
-      CLIP.
+    pre_norm: whether a LayerNorm precedes the first block, as in CLIP. If True, the embedding of
+      the patches has no bias.
     norm_after_pool: whether the last LayerNorm follows the pooling instead of the last block.
     qkv_bias: whether queries, keys and values have biases.
     key_bias: whether keys have biases; None: as `qkv_bias`.

@@ -83,8 +83,8 @@ class Teacher:
 
     Args:
       params: dict whose entry `teacher` has the teacher's parameters.
-      batch: if it has the key `teacher`, its value, the cached logits, is returned. Otherwise, the
-        teacher is applied to its `image`, uint8 `[B, H, W, C]`.
+      batch: if there is an entry `teacher`, it contains cached logits, which are returned. Without
+        this entry, the teacher is applied to the entry `image`, uint8 `[B, H, W, C]`.
     """
     if 'teacher' in batch:
       return batch['teacher']

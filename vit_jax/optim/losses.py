@@ -39,7 +39,7 @@ def sigmoid(
   label_smoothing: float = 0.0,
   positive_L: jax.Array | None = None,
 ) -> jax.Array:
-  """Returns for each image the sum of one binary cross-entropy per class, `[B]`.
+  """Returns the loss of each image, `[B]`: the binary cross-entropies of all classes, summed.
 
   This is the loss of Beyer et al. 2020, 2006.07159. With label smoothing s, the target of an image
   with k labels is `1 - s + s k / L` for its labels and `s k / L` for other classes. For k = 1, this

@@ -1,13 +1,13 @@
 """Masked autoencoding: a model learns from images without labels, by filling in hidden patches.
 
-Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow its code.
+Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow the code.
 
 Decisions:
   * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder"),
     so a training step costs a fraction of a supervised step.
-  * The decoder gets the seen patches first, then the unseen ones. In the paper, it gets all patches
-    in the order of the image. The two orders give equal results, because each token contains its
-    position embedding, and attention does not depend on the order.
+  * The decoder gets the seen patches first, then the unseen patches. The decoder of the paper gets
+    all patches in the order of the image. Both orders give equal results, because each token
+    contains its position embedding, and attention does not depend on the order.
   * The decoder's parameters are stored next to the model's parameters, as the entry `decoder`.
     Checkpoints contain the decoder, because a resumed run, the evaluation and figures of filled-in
     patches need it. All other uses of the trained model omit the decoder.

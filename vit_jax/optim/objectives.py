@@ -1,8 +1,8 @@
 """`OBJECTIVES`: the objectives of training, by the value of the config key `objective`.
 
 The functions of an objective get the `Experiment` as the argument `exp`. This argument has no type
-annotation, because the module that defines the class imports this one. Other packages can add an
-entry:
+annotation, because the module that defines `Experiment` imports the module `objectives`. Other
+packages can add an entry:
 
     OBJECTIVES['mine'] = Objective(my_loss, my_rows)
 
@@ -43,7 +43,7 @@ class Objective:
     init: `(exp, key) -> dict` returns initial values of parameters that only this objective has,
       such as a decoder.
     params: names of the parameters that only this objective has; the keys of `init`'s result.
-    labels: whether the objective needs labels. If not, the model has no head, the classes of the
+    labels: whether the objective needs labels. If False, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
   """
 
@@ -63,7 +63,7 @@ def supervised(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Arra
 def label_loss(exp, logits_BL: jax.Array, batch: dict) -> jax.Array:
   """Returns the label loss of each image, `[B]`, with class weights.
 
-  For a mix of two images, this is the mean of the losses of both labels, weighted by `own`.
+  The loss of a mix of two images is the mean of the losses of both labels, weighted by `own`.
   """
   loss, label_B = weighted(exp.loss, exp.weight_L), batch['label']
   loss_B = loss(logits_BL, label_B)

@@ -140,7 +140,7 @@ def image_stages(config: ConfigDict, steps: int) -> Stages:
 
 
 def num_steps(config: ConfigDict, examples: int) -> int:
-  """Returns the number of training steps of a run that has this number of training examples."""
+  """Returns the number of training steps of a run with this number of training examples."""
   return round(config.epochs * (examples / config.batch_size))
 
 
@@ -184,7 +184,7 @@ def announce(config: ConfigDict, examples: int, found: tuple[int, int] | None) -
 
 
 def check_stages(config: ConfigDict, model: ViT) -> None:
-  """Raises ValueError if images of a stage of the run do not divide evenly into patches.
+  """Raises ValueError if the images of a stage do not divide evenly into patches.
 
   This function also checks the config key `patch_sizes`.
   """

@@ -14,7 +14,8 @@ Decisions:
     2103.00020, Section 2.5). Checkpoints of CLIP and SigLIP store the logarithm of the factor
     instead, so a value that looks like a logarithm is refused.
   * With `logit_bias`, each class has its own probability, the sigmoid of its logit (Zhai et al.
-    2023, 2303.15343, Algorithm 1). Without it, the probabilities are the softmax of the logits.
+    2023, 2303.15343, Algorithm 1). Without `logit_bias`, the
+    probabilities are the softmax of the logits.
   * An unknown array is refused, because a misspelt `logit_bias` would change all probabilities.
 """
 
@@ -135,7 +136,8 @@ class TextClasses:
       image_shape: (H, W, C) of the images.
 
     Raises:
-      ValueError: the model has a head, or its features are not as wide as the embeddings.
+      ValueError: the model already has a classification head, or its features are not as wide as
+        the embeddings.
     """
     classes, width = self.embedding_LD.shape
     if model.num_classes == width and not np.any(params['head'].get('bias', 1)):
