@@ -79,7 +79,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   Args:
     config: config to check.
     trains: whether the config is used for training. If False, rules that matter only in training
-      are not checked, such as the even batch size that mixup and cutmix need.
+      are not checked. For example, only training with mixup or cutmix needs an even batch size.
   """
   if not isinstance(config, ConfigDict):
     raise ValueError(

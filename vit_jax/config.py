@@ -80,7 +80,7 @@ def hint(near: Sequence[str]) -> str:
 
 
 def override(config: ConfigDict, key: str, text: object) -> None:
-  """Sets a config key to a value or a command-line text, which is converted to the key's type.
+  """Sets a config key to a value; a text is converted to the type of the key.
 
   Raises:
     ValueError: the key is unknown (the message gives similar keys), or the value has a wrong type.
@@ -230,7 +230,7 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
 
 
 def import_extensions(names: Sequence[str]) -> None:
-  """Imports the modules of `--import`, which can add config keys and registry entries.
+  """Imports the modules that `--import` names; they can add config keys and registry entries.
 
   Raises:
     ValueError: Python cannot find a module, or the module raises an error. The message then gives

@@ -145,8 +145,8 @@ class Experiment:
 
     Args:
       params: parameters of the model, and of its adapter if it has one.
-      batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`: the position of each
-        image in the batch of the step. This position selects the image's random numbers.
+      batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`, the position of each
+        image in the batch of the step, which selects the random numbers for the image.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:

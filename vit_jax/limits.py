@@ -68,7 +68,7 @@ def limit(root: pathlib.Path = pathlib.Path('/')) -> int:
   """Returns the bytes of memory that this process can use.
 
   The result is the memory of the machine, or less if a container or a batch system sets a limit.
-  Such a limit belongs to the cgroup of this process, or to a cgroup above it.
+  Such limits are read from the cgroup of this process and from all parent cgroups.
 
   Args:
     root: folder that contains `proc` and `sys`.

@@ -13,8 +13,8 @@ def choose(what: str, name: str, table: Collection[str]):
   """Looks up a name: returns `table[name]`, or `name` if the table is not a dict.
 
   Raises:
-    ValueError: the name is unknown. The message begins with `what` and gives similar names. It
-      lists all valid names if there are at most 40 of them.
+    ValueError: the name is unknown. The message begins with `what`, gives similar names, and lists
+      all valid names if there are at most 40.
   """
   if name not in table:
     near = difflib.get_close_matches(str(name), [str(key) for key in table], n=3)

@@ -269,7 +269,7 @@ def from_workdir(
 def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, dict, int | None]:
   """Opens the requested model, and returns its experiment, parameters and step (None for `init`).
 
-  A warning names overridden keys that have no effect, because only training reads them.
+  A warning lists overrides that have no effect, because only training reads the overridden keys.
 
   Args:
     request: the model to open.

@@ -1,8 +1,9 @@
 """Chooses values for config keys that are None, from the number and the size of the images.
 
 Decisions:
-  * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. First the batch becomes
-    smaller, down to `MIN_BATCH`. If this is not enough, the run gets more epochs.
+  * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. To reach this number, the
+    batch first becomes smaller, down to `MIN_BATCH`. If that gives too few steps, the run also gets
+    more epochs.
   * The batch size is the smallest size that the devices can divide, multiplied by a power of two.
   * A batch has at most as many images as the training split, except that it always has the smallest
     size that the devices can divide.

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def open_training(config: ConfigDict) -> Source:
-  """Opens the dataset of a run, and logs its warnings.
+  """Opens the dataset of a run, and logs warnings about the dataset.
 
   If the objective needs no labels, the returned dataset has no labels.
 
@@ -90,11 +90,11 @@ def named_splits(config: ConfigDict) -> list[str]:
 
 
 def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
-  """Returns the (height, width) of training images that are stored smaller than the model's input.
+  """Returns the (height, width) of all training images if they are smaller than the model's input.
 
-  The device then enlarges the images with a bicubic filter. The result is None if the images have
-  different sizes, are not smaller, or must change their aspect ratio. It is also None if the config
-  sets a crop or another filter.
+  The images can then be stored at this size, because the device enlarges them with a bicubic
+  filter. The result is None if the images have different sizes, are not smaller, or must change
+  their aspect ratio. The result is also None if the config sets a crop or another filter.
   """
   data, size = config.data, image_size(config)
   if data.crop != 1 or data.interpolation != 'bicubic':

@@ -33,7 +33,7 @@ class Passing(ValueError):
 
 
 class NoMistake(ValueError):
-  """Error that the user did not cause, such as the loss of another process."""
+  """Error that the user did not cause, such as a lost connection to another process."""
 
 
 def exit_code(error: BaseException | None) -> int:

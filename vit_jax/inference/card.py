@@ -40,7 +40,7 @@ def write_card(
     format: format of the export, one of `FORMATS`.
     loaded: the exported weights.
     source: path or name that the weights were read from.
-    result: contents of the run's `result.json`; None if it does not exist.
+    result: contents of the run's `result.json`; None if the file does not exist.
     compared: measurements of the exported program, and of the same program in float32. None if the
       export itself is in float32.
   """
@@ -200,7 +200,7 @@ def accuracy_text(loaded: Pretrained, result: dict | None) -> str:
 
   Args:
     loaded: the weights.
-    result: contents of the run's `result.json`; None if it does not exist.
+    result: contents of the run's `result.json`; None if the file does not exist.
   """
   name = f'test_{quality_name(loaded).replace(" ", "_")}'
   try:

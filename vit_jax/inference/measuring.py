@@ -4,8 +4,8 @@ Decisions:
   * The accuracy is computed as in `--mode=eval`, but the logits come from the exported program. So
     the accuracy includes the effect of the conversion.
   * The latency of a program is its median time for a batch of one image. The programs take turns,
-    so that other work on the machine slows all of them. Each turn has several calls. The first call
-    of a turn does not count, because the threads of the previous program may still be busy.
+    so that other work on the machine slows all programs equally. Each turn has several calls. The
+    first call of a turn does not count, because threads of the previous program can still be busy.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,7 +1,7 @@
 """Serves the demo page: a visitor uploads an image, and sees its classes and the model's attention.
 
 Decisions:
-  * Gradio does not decode uploads. It passes their bytes to `decode_image`. If a file is not an
+  * Gradio does not decode uploads, but passes their bytes to `decode_image`. If a file is not an
     image, the visitor gets an error message with the reason. File size and number of pixels are
     limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
@@ -73,7 +73,7 @@ def find_examples(
   """Returns the image files that the demo page offers as examples.
 
   The examples are the images in the folder `examples` of the workdir. If this folder is empty or
-  missing, they are the first images of the evaluation split. Published weights have no examples.
+  missing, the first images of the evaluation split are used. Published weights have no examples.
 
   Args:
     exp: the experiment of the weights.

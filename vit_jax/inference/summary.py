@@ -24,7 +24,7 @@ def summary_of(request: Request) -> Summary:
   `request` names the config, the workdir of the run, or the published weights.
 
   Raises:
-    ValueError: the config is not valid, or the request names none of the three.
+    ValueError: the config is not valid, or the request names no config, workdir or weights.
   """
   config, workdir, init = request.config, request.workdir, request.init
   if not (config or workdir or init):

@@ -7,7 +7,7 @@ classes. A vote has the weight exp(similarity / 0.07).
 
 Decisions:
   * The stored features and labels are parameters, so checkpoints, inference and exported
-    programs need no extra code. They are stored as float32, like all parameters.
+    programs need no extra code. Features and labels are float32, like all parameters.
   * Logits are logarithms of the votes, so the softmax of the logits is the fraction of the votes
     that each class gets.
 """

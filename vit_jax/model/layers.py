@@ -1,7 +1,7 @@
 """The layers that blocks and heads are made of.
 
 Decisions:
-  * Random numbers for an example depend on its index in the batch of all devices, never on the
+  * Random numbers for an example depend on its index in the global batch, never on the
     shape of an array. So an example gets the same numbers for any number of devices or
     micro-batches.
   * A model returns its attention weights only in Flax's collection `intermediates`, under the name

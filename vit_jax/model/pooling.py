@@ -166,8 +166,8 @@ POOLS = {
 def pooled(model: nn.Module) -> nn.Module:
   """Returns the model, with a pool that gives one vector for each image.
 
-  If the model's pool returns all tokens instead, it is replaced by `cls`, or by `gap` in a model
-  without a class token. Any other pool is kept.
+  A pool that returns all tokens is replaced by `cls`, or by `gap` in a model without a class token.
+  Any other pool is kept.
   """
   if not POOLS[model.pool].tokens:
     return model

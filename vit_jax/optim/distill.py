@@ -65,8 +65,8 @@ class Teacher:
       maps the logits of student and teacher to a loss `[B]`.
     weight: weight w of the distillation loss, from 0 to 1; the label loss has the weight 1 - w.
     cached: whether the teacher's logits are computed once for each training image, before training.
-      This is possible only without augmentation. Batches then contain the logits as `teacher`,
-      `[B, L]`.
+      Caching is possible only without augmentation and without `data.skip_bad_images`. Batches then
+      contain the logits as `teacher`, `[B, L]`.
     digest: SHA-256 of the parameters.
   """
 

@@ -42,8 +42,8 @@ def sigmoid(
   """Returns the loss of each image, `[B]`: the binary cross-entropies of all classes, summed.
 
   This is the loss of Beyer et al. 2020, 2006.07159. With label smoothing s, the target of an image
-  with k labels is `1 - s + s k / L` for its labels and `s k / L` for other classes. For k = 1, this
-  is the target in `softmax`.
+  with k labels is `1 - s + s k / L` for its labels and `s k / L` for other classes. For k = 1, the
+  target is the same as in `softmax`.
 
   Args:
     logits_BL: logits.

@@ -1,6 +1,6 @@
 """Masked autoencoding: a model learns from images without labels, by filling in hidden patches.
 
-Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow the code.
+Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow its code.
 
 Decisions:
   * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder"),
@@ -216,7 +216,7 @@ def num_unseen(count: int, share: float) -> int:
     share: fraction of the patches to hide, from 0 to 1.
 
   Raises:
-    ValueError: no patch would be hidden, or all of them.
+    ValueError: no patch would be hidden, or no patch would stay visible.
   """
   seen = int(count * (1 - share) + 1e-9)
   if not 0 < seen < count:

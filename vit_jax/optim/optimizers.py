@@ -1,10 +1,10 @@
 """Optimizers, built from optax.
 
 Decisions:
-  * Weight decay is decoupled and multiplied by the learning rate. It applies to kernels and to
-    the factors of LoRA, not to biases, norms, positions, or class and register tokens.
-  * Frozen parameters are removed from the tree that an optimizer sees. So they have no gradient and
-    no optimizer state, and are not part of the norm for gradient clipping.
+  * Weight decay is decoupled and multiplied by the learning rate. Weight decay applies to kernels
+    and to the factors of LoRA, not to biases, norms, positions, or class and register tokens.
+  * Frozen parameters are removed from the tree that an optimizer sees. Therefore, frozen parameters
+    have no gradient and no optimizer state, and are not part of the norm for gradient clipping.
 """
 
 import jax
@@ -25,8 +25,8 @@ def adamw(
 ):
   """Returns the AdamW optimizer (Loshchilov and Hutter, 1711.05101).
 
-  The ViT paper calls it "Adam" (2010.11929, Table 3). However, the code of the ViT paper decouples
-  the weight decay from the gradient and multiplies it by the learning rate, as AdamW does.
+  The ViT paper calls its optimizer "Adam" (2010.11929, Table 3). However, the code of the ViT paper
+  uses AdamW: the weight decay is decoupled from the gradient, and multiplied by the learning rate.
 
   Args:
     schedule: learning rate of each step.
@@ -184,7 +184,7 @@ def make_optimizer(
     name: key of `OPTIMIZERS`.
     schedule: learning rate of each step.
     clip: maximum norm of the whole gradient; 0 for no clipping.
-    layer_decay: learning rate of a layer, divided by the rate of the next layer; 1: equal rates.
+    layer_decay: ratio of a layer's learning rate to the next layer's learning rate; 1: equal rates.
     **arguments: other keys `optimizer.<key>` of the config. Keys that the function of the optimizer
       does not accept are ignored.
   """
