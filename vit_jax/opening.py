@@ -1,4 +1,4 @@
-"""Opens the data and the weights of a run or a mode, and builds the experiment from them.
+"""Opens the data and weights that a run or a `--mode` needs, and builds the experiment from them.
 
 experiment, training = opening.from_config(config)         # to train
 experiment, params, step = opening.from_workdir(workdir)   # to use a trained model
@@ -59,7 +59,7 @@ OPEN_SPLITS = {'data.train_split': 'train', 'data.val_split': ''}
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """The trained model that a mode works with.
+  """The trained model that a `--mode` works with.
 
   Attributes:
     workdir: folder of a training run; None if `init` is given.

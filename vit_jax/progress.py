@@ -17,7 +17,7 @@ SOON = 5.0  # seconds before long work is announced
 
 @contextlib.contextmanager
 def announced(message: str) -> Iterator[None]:
-  """Context manager that logs a message if its block takes longer than `SOON` seconds."""
+  """Context manager that logs a message if the code inside takes longer than `SOON` seconds."""
   timer = threading.Timer(SOON, log.info, (message,))
   timer.daemon = True
   timer.start()
@@ -28,7 +28,7 @@ def announced(message: str) -> Iterator[None]:
 
 
 def counter(items: Iterable | None = None, **arguments) -> tqdm:
-  """Returns a tqdm bar, shown only by process 0; in log files, it is updated every 10 seconds."""
+  """Returns a tqdm bar for process 0 only; without a terminal, it changes every 10 seconds."""
   interval = 0.1 if sys.stderr.isatty() else 10  # seconds
   silent = not is_first()
   return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)

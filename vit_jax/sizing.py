@@ -73,7 +73,7 @@ def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:
 
 
 def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object]:
-  """Chooses values that suit the data for all keys that a config can leave to the program.
+  """Chooses values that suit the data, for all keys that a config can leave unset.
 
   Returns `{key: value}`. The caller ignores the values of keys that the config sets itself.
   """

@@ -148,7 +148,7 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
 
 
 def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:
-  """Returns the experiment of a run without labels, with classes of the config's dataset.
+  """Adds the classes of the config's dataset to the experiment of a run without labels.
 
   Raises:
     ValueError: `classes` is not `data`, the value that asks for the dataset's classes. Or the

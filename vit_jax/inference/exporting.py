@@ -164,14 +164,14 @@ def save(
   Args:
     model: the model.
     params: parameters of the model.
-    folder: output folder, created if it is missing. Existing files with the names of new files are
-      replaced after all new files are complete.
+    folder: output folder, created if it is missing. Existing files with the same names are
+      replaced only after all new files are complete.
     format: one of `FORMATS`.
     preprocessing: how images must be prepared. None: pixels are scaled to [-1, 1], and images are
       resized to fit the position embeddings (`image_size`).
     class_names: names of the classes, in the order of the logits; None to store no names.
-    calibration: settings that turn logits into probabilities. The programs (StableHLO, ONNX) apply
-      them, and the other formats cannot store them. None for a temperature of 1.
+    calibration: settings that turn logits into probabilities. Exported programs (StableHLO, ONNX)
+      apply these settings. The other formats cannot store them. None for a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
     images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
       of activations. Other precisions do not use sample images.
@@ -210,7 +210,7 @@ def write(
     program: model, weights and preprocessing.
     precision: `float32`, or one of the format's `precisions`.
     folder: output folder.
-    scratch: empty folder. The float32 files are written to it if `precision` is not float32.
+    scratch: empty folder for the float32 files that are written if `precision` is not float32.
 
   Returns:
     `{precision: folder}` for each written precision, float32 first.
@@ -230,7 +230,7 @@ def write(
 
 @contextlib.contextmanager
 def delivered(folder: pathlib.Path, entry: Format) -> Iterator[pathlib.Path]:
-  """Yields a temporary folder; when the context ends, moves its files into `folder`.
+  """Context manager that yields a temporary folder, and then moves its files into `folder`.
 
   Raises:
     ValueError: `folder` contains a run, or weights that are not an earlier export in this format.

@@ -95,7 +95,7 @@ class Viewer:
 
   @property
   def layers(self) -> list[str]:
-    """Choices of the menu for layers: rollout, each block, and the pool if it has its own map."""
+    """Choices of the menu for layers: rollout, each block, and a pool with its own map."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
@@ -128,7 +128,7 @@ class Viewer:
 
 
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
-  """Enlarges an image, and darkens it where a map is low: returns uint8 `[H', W', 3]`.
+  """Enlarges an image, and darkens pixels with low attention: returns uint8 `[H', W', 3]`.
 
   Both sides are multiplied by the smallest integer that makes each at least `SHOWN` pixels long.
   """

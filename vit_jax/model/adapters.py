@@ -38,7 +38,7 @@ class Adapter:
   Attributes:
     init: `(key, params, **keys)` returns the adapter's initial parameters. `key` is a random key.
     merge: `(params, added, **keys)` returns the model's parameters, with the adapter merged in.
-    applied: `(added, **keys)` returns a context manager. Inside it, a model with the unmerged
+    applied: `(added, **keys)` returns a context manager. In its context, a model with the unmerged
       `params` computes the same outputs as a model with the merged parameters.
   """
 

@@ -28,12 +28,12 @@ class Pool:
     class_token: whether the pool reads the class token.
     registers: smallest number of registers that the pool needs.
     tokens: whether the pool returns all tokens, `[B, N, D]`, instead of a vector for a classifier.
-    params: names of the top-level parameters that the pool adds to the model. The
-      function `last_layer` returns these names too.
-    linear: whether the vector is a fixed mean of tokens, or several such means concatenated.
-      Attention maps then average the attention of these tokens with the same weights.
-    probe: function `(model, sown) -> share_BKN` of a pool with learned attention. It returns the
-      attention weight of each token. `sown` is Flax's collection `intermediates` that the model
+    params: names of the top-level parameters that the pool adds to the model. The function
+      `last_layer` also returns these names.
+    linear: whether the vector is a fixed weighted mean of tokens, or several such means
+      concatenated. If True, attention maps average the attention of tokens with these weights.
+    probe: for a pool with learned attention, a function `(model, sown) -> share_BKN` that returns
+      the attention weight of each token. `sown` is Flax's collection `intermediates` that the model
       returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
       there are no attention maps for the model.
     distills: whether the vector is the class token followed by a distillation token. A run with a

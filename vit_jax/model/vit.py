@@ -276,7 +276,8 @@ class ViT(nn.Module):
   def positions(self, grid: tuple[int, int]) -> tuple:
     """Returns `(table, angles)` of the position embedding for a grid (down, across) of patches.
 
-    `Position` describes both. A missing table, or missing angles, are None.
+    `Position` describes table and angles. If the embedding has no table or no angles, the result
+    contains None instead.
     """
     position, whole = POSITIONS[self.position], self.position_grid or grid
     return tuple(make and make(self, grid, whole) for make in (position.table, position.angles))
