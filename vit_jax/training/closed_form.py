@@ -1,8 +1,8 @@
 """Computes a head without training steps, in one pass over the training images.
 
 Decisions:
-  * After computing the head, the run continues like all other runs at step 0: it evaluates the
-    model, and saves a checkpoint and `result.json`. So every `--mode` can use the run's workdir.
+  * After computing the head, the run evaluates the model, and saves a checkpoint of step 0 and
+    `result.json`. So every `--mode` can use the workdir, as after a training run.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: names the weights of the model, in a workdir or as `init`, and can override config
-      keys, e.g. to select data that the run in the workdir did not use.
+    request: names the model, by its workdir or by `init`. It can also override config keys, e.g.
+      `data.source`, to use data that the run in the workdir did not use.
     classifier: one of `CLASSIFIERS`.
 
   Raises:
@@ -79,7 +79,7 @@ def with_head(
 
   Args:
     exp: experiment with the backbone.
-    training: data of a run without steps; `training.params` has the weights of the backbone.
+    training: data of the run; `training.params` has the weights of the backbone.
     mesh: mesh of the devices.
     restored: whether a checkpoint already holds the head. If so, the head is not computed again.
 

@@ -1,4 +1,4 @@
-"""Compiles the training step, with micro-batches and `model.remat` that fit into memory.
+"""Compiles a training step that fits into memory, by choosing micro-batches and `model.remat`.
 
 A device can split its part of a batch into micro-batches, and add up their gradients. `model.remat`
 decides which activations the backward pass computes again instead of storing them. A `Plan` has the
@@ -60,13 +60,13 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns the experiment with the settings of a plan; the config's `model.remat` has priority."""
+  """Returns the experiment with a plan, but keeps `model.remat` if the config sets it."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
 
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
-  """Returns the experiment with the plan of a checkpoint; unchanged if the checkpoint has none.
+  """Returns the experiment with the plan in a checkpoint, or `exp` if there is no plan.
 
   `saved` is the JSON of the checkpoint (its item `config`).
   """
@@ -75,7 +75,7 @@ def resumed(exp: Experiment, saved: Mapping) -> Experiment:
 
 
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
-  """Returns the plans that the config allows: the fastest first, the most economical last."""
+  """Returns the plans that the config allows, ordered from high speed to low memory use."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
   together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)
@@ -90,8 +90,8 @@ def estimator(
 ) -> Callable[[Plan], tuple[float, float]]:
   """Returns a function `(plan) -> (fixed, varying)` that estimates the memory of a training step.
 
-  `fixed` and `varying` are bytes on each device. `fixed` does not depend on the size of a
-  micro-batch. `varying` is for the activations of one micro-batch.
+  `fixed` and `varying` are bytes on each device. `varying` is the estimate for the activations of
+  one micro-batch, and `fixed` is the estimate for everything else.
 
   Args:
     exp: the experiment.
@@ -123,9 +123,10 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the fastest plan that fits by estimate, without compiling.
+  """Returns the experiment with the fastest plan that is estimated to fit, without compiling.
 
-  The experiment is returned unchanged if it already has a plan, or if no memory limit is known.
+  If no plan fits, the result has the plan that needs the least memory. The experiment is returned
+  unchanged if it already has a plan, or if no memory limit is known.
   """
   budget = exp.budget(mesh)
   if budget is None or exp.parts:
@@ -149,7 +150,7 @@ def fit_step(
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.
-    lower: traces and lowers the training step of an experiment, without compiling the step.
+    lower: function that traces and lowers the training step of an experiment.
     mesh: mesh of the devices.
     state: training state, or its shapes.
 
@@ -186,8 +187,8 @@ def fit_step(
 def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
   """Returns the experiment with a plan that needs less memory; None if the config allows none.
 
-  The micro-batch becomes at most half as large. If this is impossible, the next value in `REMAT` is
-  used, with which fewer activations are stored.
+  If possible, the new plan has micro-batches of at most half the size. If not, the plan has
+  the next value in `REMAT`, with which the forward pass stores fewer activations.
   """
   plans, own = possible_plans(exp, mesh), plan_of(exp, mesh)
   later = plans[plans.index(own) + 1 :] if own in plans else []
@@ -246,7 +247,7 @@ def compile_step(
     batch: a batch, or its shapes.
 
   Raises:
-    limits.OutOfMemory: no step fits.
+    limits.OutOfMemory: with every plan, the step needs too much memory.
   """
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):

@@ -1,8 +1,8 @@
 """The training loop.
 
 Decisions:
-  * Metrics of a step are read after the next step has started, so the device never waits for them.
-  * A checkpoint is saved only after the loss of its step was read and is finite.
+  * The host reads a step's metrics after the next step has started, so the device never waits.
+  * Before a checkpoint is saved, the loop checks that the loss of the last step is finite.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ Size = tuple[int, int]  # (height, width) in pixels
 
 @dataclasses.dataclass
 class Run:
-  """A training run. It starts from its newest checkpoint; if there is none, at step 0.
+  """A training run, which starts from its newest checkpoint, or at step 0 without a checkpoint.
 
   Attributes:
     exp: experiment to train.
@@ -147,7 +147,7 @@ class Run:
     """Compiles the step for an image size; returns `{patch size: Compiled}` for all patch sizes.
 
     The memory plan for the smallest patches becomes the run's plan. These patches give the longest
-    sequence of tokens, so the plan also fits all other patch sizes.
+    sequence of tokens, so a plan that fits them also fits all other patch sizes.
     """
     programs = {}
     for patch in self.exp.patch_sizes:
@@ -184,7 +184,7 @@ class Run:
     return scores
 
   def sizes_of(self, step: int) -> tuple[Size, Size]:
-    """Returns (height, width) of images and patches at a step; the first step is 1."""
+    """Returns image size and patch size of a step, both (height, width); the first step is 1."""
     size = next(size for end, size in self.training.stages if step <= end)
     return size, draw_patch(self.exp.patch_sizes, self.config.seed, step)
 
@@ -234,12 +234,12 @@ class Run:
     return score_split(self.eval_step, params, examples, self.config.eval_batch_size, self.mesh)
 
   def rate(self, step: int, scores: dict[str, dict]) -> None:
-    """Passes the score of a saved checkpoint to `checkpoints`, if there is a validation split."""
+    """Tells `checkpoints` the validation score of a checkpoint, if there is a validation split."""
     if 'val' in scores:
       self.checkpoints.rate(step, quality(scores['val']))
 
   def save(self, train_state: TrainState) -> None:
-    """Saves a checkpoint: the training state, and what a resumed run must know (`exp.saved`)."""
+    """Saves a checkpoint: the training state, and the facts that a resumed run needs."""
     saved = self.exp.saved() | {
       'cycles': self.training.cycles,
       'devices': devices_of(self.mesh),
@@ -266,7 +266,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and scores of the last checkpoint, and of the best one by validation."""
+    """Returns step and scores of the last checkpoint, and of the best in validation."""
 
     def accuracies(step):
       found = {split: self.records.find(step, split) for split in ('val', 'test')}
@@ -276,7 +276,7 @@ class Run:
 
 
 def devices_of(mesh: jax.sharding.Mesh) -> dict[str, object]:
-  """Returns what affects rounding: kind of the devices, number of processes, shape of the mesh.
+  """Returns the facts that affect rounding: device kind, number of processes, shape of the mesh.
 
   The number of processes matters, because it changes the order of sums over devices.
   """
@@ -294,7 +294,7 @@ def draw_patch(sizes: Sequence[Size], seed: int, step: int) -> Size:
 
 
 def named(split: str, values: Mapping[str, float]) -> dict[str, float | None]:
-  """Returns the `SCORES` in `values`, named like `test_accuracy`; a missing accuracy is None."""
+  """Returns the scores under names such as `test_accuracy`; a missing accuracy becomes None."""
   return {f'{split}_accuracy': values.get('accuracy')} | {
     f'{split}_{name}': values[name] for name in SCORES if name in values
   }

@@ -18,7 +18,7 @@ FUSED = (
 
 
 class Meter:
-  """Averages training metrics between two log lines; its clock counts only training time."""
+  """Averages training metrics between two log lines, and measures the time spent on training."""
 
   def __init__(self, mesh: jax.sharding.Mesh, dtype: str):
     """Creates a meter for training on the devices of `mesh` with the compute type `dtype`."""
@@ -34,16 +34,16 @@ class Meter:
     self._started = time.perf_counter()
 
   def pause(self) -> None:
-    """Stops the clock, because something other than training follows."""
+    """Stops the clock before work that does not count as training, such as an evaluation."""
     self._seconds += time.perf_counter() - self._started
 
   def resume(self) -> None:
-    """Starts the clock again, because training follows."""
+    """Starts the clock again before training continues."""
     self._started = time.perf_counter()
 
   @contextlib.contextmanager
   def waiting(self) -> Iterator[None]:
-    """Counts the time inside the context as waiting for the next batch."""
+    """Context manager that counts the time of its block as waiting for the next batch."""
     began = time.perf_counter()
     yield
     self._waited += time.perf_counter() - began
@@ -76,11 +76,12 @@ class Meter:
   def read(self) -> dict[str, float]:
     """Returns the metrics of the steps since the last call, and resets the meter.
 
-    The clock must be running. Scores are means, `examples` and `bad_images` are counts.
-    `learning_rate` and `memory_gib` (of one device) are the latest values. `images_per_second`
-    counts only training time. `data_wait` is the fraction of training time in which the loop waited
-    for the next batch. `mfu` is the fraction of the devices' peak FLOP/s that training used
-    (Chowdhery et al. 2022, 2204.02311, Appendix B).
+    The clock must be running. Scores are means over these steps, and `examples` and `bad_images`
+    are counts. `learning_rate` and `memory_gib` (of one device) are the latest values.
+    `images_per_second` is measured in training time, without evaluations. `data_wait` is the
+    fraction of training time in which the loop waited for the next batch. `mfu` is the FLOP/s of
+    training, as a fraction of the devices' peak FLOP/s (Chowdhery et al. 2022, 2204.02311,
+    Appendix B).
     """
     self.pause()
     values = summarize(self._scores)

@@ -1,13 +1,13 @@
 """Trains only the head; without augmentation, the features of the images are computed once.
 
 Decisions:
-  * Without augmentation, a frozen backbone gives the same features in every epoch. They are
-    computed once and kept in `<workdir>/features/`, and the usual loop trains the head on them.
-    Checkpoints contain all parameters, as in any run.
+  * Without augmentation, a frozen backbone gives the same features in every epoch. So the features
+    are computed once and kept in `<workdir>/features/`, and the usual loop trains the head on the
+    features. Checkpoints also contain the parameters of the backbone.
   * A sweep trains one head for each learning rate on `data.train_split`, in
-    `<workdir>/sweep/<rate>/`, and scores it on `data.val_split`. The final run trains at the best
-    rate on both splits together, in the workdir itself. The test split has no influence on the
-    choice of the rate.
+    `<workdir>/sweep/<rate>/`, and evaluates each head on `data.val_split`. The final run trains at
+    the best rate on both splits together, in the workdir itself. The test split has no influence on
+    the choice of the rate.
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ class OnFeatures(Experiment):
     return False
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
-    """Returns the head's logits `[B, L]` for features, which `batch['image']` contains.
+    """Returns the head's logits `[B, L]` for the features in `batch['image']`.
 
-    The key is ignored, because a head has no dropout.
+    `key` is ignored, because a head has no dropout.
     """
     head = Dense((len(self.task.class_names),))
     return head.apply({'params': params['head']}, batch['image'])
@@ -73,7 +73,7 @@ def train_head(
 ) -> dict:
   """Trains the head in a locked workdir, and returns the content of `result.json`.
 
-  If the config sets `sweep`, the best of its learning rates is found first.
+  If the config sets `sweep`, a sweep first finds the best of these learning rates.
   """
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
@@ -95,7 +95,7 @@ def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -
   """Returns the initial parameters of a run that trains only a head, as NumPy arrays.
 
   The parameters come from the newest checkpoint if there is one, because a resumed run must keep
-  its backbone. Otherwise they come from `init`. If `init` is not set, they are random.
+  its backbone. Without a checkpoint, the weights of `init` are used, or random ones without `init`.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -111,9 +111,9 @@ def on_features(
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
 ) -> tuple[OnFeatures, Training]:
-  """Returns copies of `exp` and `training` whose inputs are features of the frozen backbone.
+  """Returns copies of `exp` and `training` whose batches contain features instead of images.
 
-  The features of all splits are computed, unless `folder` already contains them.
+  The frozen backbone computes the features of all splits, unless `folder` already contains them.
   """
   params = replicate(mesh, training.params)
   step = make_feature_step(exp, mesh)
@@ -132,14 +132,15 @@ def sweep(
   mesh: jax.sharding.Mesh,
   workdir: pathlib.Path,
 ) -> list[dict]:
-  """Trains a head at each rate of `config.sweep` and returns the validation accuracies.
+  """Trains a head at each learning rate of `config.sweep`; returns the validation accuracies.
 
   Finished heads are not trained again. If the final run already has a checkpoint, no head is
   trained, and the accuracies in `sweep.json` are returned.
 
   Returns:
     `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
-    if training diverged. With several labels per image, the key is `val_mean_average_precision`.
+    if training diverged. If images can have several labels, `val_accuracy` is replaced by
+    `val_mean_average_precision`.
 
   Raises:
     FloatingPointError: training diverged at all rates.
@@ -195,16 +196,17 @@ def score_rate(
 ) -> float:
   """Trains a head at one learning rate, and returns the validation accuracy.
 
-  With several labels per image, the mean average precision is returned instead. If the folder has
-  a finished head on the same backbone, no head is trained, and the score of this head is returned.
+  If images can have several labels, returns the mean average precision instead. If the folder holds
+  a finished head for the same backbone, no head is trained, and the saved score of that head is
+  returned.
 
   Args:
     exp: experiment of the sweep.
     training: data and initial parameters of the sweep.
     mesh: mesh of the devices.
-    folder: workdir of this head.
+    folder: workdir of the run that trains this head.
     rate: the learning rate.
-    origin: hashes of data and backbone, from `measured_on`.
+    origin: result of `measured_on`, the hashes of data and backbone.
 
   Raises:
     ValueError: the folder holds a head that was trained with another config or on other data.
@@ -262,7 +264,7 @@ def has_other_backbone(folder: pathlib.Path, params: dict) -> bool:
 
 
 def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment, Training]:
-  """Returns the experiment and the data, steps and optimizer of a sweep's final run.
+  """Returns the experiment and the `Training` of the final run of a sweep.
 
   The final run trains at the learning rate `rate`, on the training and the validation split
   together.
@@ -276,6 +278,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment with `train_examples` counting the training and validation splits."""
+  """Returns the experiment, in which `train_examples` also counts the validation images."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

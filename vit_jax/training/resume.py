@@ -32,7 +32,14 @@ OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ betwe
 
 
 def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Raises ValueError if the config is invalid, or if keys not in `OWN` differ by process."""
+  """Checks the config and the workdir, and that all processes have the same config.
+
+  The keys in `OWN` can have different values in different processes.
+
+  Raises:
+    ValueError: the config is invalid or differs between processes, or images in the workdir would
+      be read as images of the data set.
+  """
   check(config)
   check_apart(config.data.source, config.data.dir, workdir)
   mine = config_lib.flatten(config)
@@ -47,12 +54,11 @@ def begin(
   The workdir must be locked. Damaged checkpoints are moved away.
 
   Returns:
-    The content of `result.json`, the saved config, and the last steps of earlier cycles
-    (`add_cycle`). The result is None if the run is not finished. The config is None if the workdir
-    has no checkpoint.
+    The content of `result.json` (None if the run is not finished), the saved config (None if the
+    workdir has no checkpoint), and the last steps of earlier cycles (see `add_cycle`).
 
   Raises:
-    ValueError: the workdir contains a run that this config cannot resume, or is not writable.
+    ValueError: this config cannot resume the run in the workdir, or the workdir is not writable.
   """
   set_aside_damaged(workdir)
   start, finished, saved, cycles = latest_step(workdir), None, None, ()
@@ -108,7 +114,7 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
   Args:
     config: the given config.
     item: JSON of the newest checkpoint (its item `config`).
-    start: step of this checkpoint.
+    start: step of the newest checkpoint.
     workdir: folder of the run.
 
   Raises:

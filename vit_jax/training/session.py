@@ -35,9 +35,10 @@ def fit(
 ) -> dict:
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
-  Training starts from the newest checkpoint if there is one. If memory runs out, the run continues
-  once from its newest checkpoint, in a way that needs less memory (`halved`). If there is a
-  validation split, the last and the best checkpoint are calibrated at the end.
+  Training starts from the newest checkpoint if there is one. If memory runs out in a run with
+  one process, the run continues once from its newest checkpoint, with a plan that needs less memory
+  (`halved`). If there is a validation split, the last and the best checkpoint are calibrated at the
+  end.
 
   Args:
     exp: experiment to train.
@@ -71,10 +72,10 @@ def attempt(
 ) -> dict | Experiment:
   """Trains until the run is finished, and returns the content of `result.json`.
 
-  If memory runs out and `retries` is True, the function instead returns an experiment that needs
-  less memory. After this return, nothing refers to the arrays of the failed run, so their memory is
-  free. If `retries` is False, or if the config allows no experiment that needs less memory, the
-  error is raised. The other arguments are as in `fit`.
+  If memory runs out, the function returns an experiment that needs less memory, or raises the
+  error of JAX. It raises the error if `retries` is False, if the run has several processes, or if
+  the config allows no plan that needs less memory. After the function returns, nothing refers to
+  the arrays of the failed run, so their memory is free. The other arguments are as in `fit`.
   """
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (

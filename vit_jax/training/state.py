@@ -40,7 +40,7 @@ class TrainState:
 
 
 def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dict:
-  """Returns random parameters of a model for images of shape `(H, W, C)`, drawn with this seed."""
+  """Returns random parameters of a model for images of shape `image_shape`, (H, W, C)."""
   image_BHWC = jnp.zeros((1, *image_shape))
   return model.init(jax.random.key(seed), image_BHWC)['params']
 
@@ -66,7 +66,7 @@ def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> 
 def start_state(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, float]:
-  """Returns the state from which training starts, and the seconds trained in earlier sessions.
+  """Returns the state from which training starts, and the seconds that earlier sessions took.
 
   The state comes from the newest checkpoint if there is one. Without a checkpoint, the parameters
   are the weights of `init`, or random if `init` is not set.

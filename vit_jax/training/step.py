@@ -4,8 +4,9 @@ Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. No key
     is stored, and no draw depends on the number of devices or micro-batches.
   * The objective of a step is an entry of `OBJECTIVES` in `optim/objectives.py`.
-  * If mixup or cutmix mixes an image with a partner, training accuracy still uses the image's own
-    label, even if the partner has the larger weight. Training accuracy then means little.
+  * If mixup or cutmix mixes an image with a second image, training accuracy uses only the label of
+    the first image, even if the second image has the larger weight. So with mixup or cutmix,
+    training accuracy says little about the model.
 """
 
 from collections.abc import Callable
@@ -29,10 +30,10 @@ DETERMINISTIC = {'xla_gpu_deterministic_ops': True}  # compiler option of XLA
 def loss_fn(
   batch: dict, trained: dict, frozen: dict, key: jax.Array, early: jax.Array | None, exp: Experiment
 ):
-  """Returns the loss of a micro-batch, and its metrics from `training_score`.
+  """Returns the loss and the metrics (from `training_score`) of a micro-batch.
 
-  The loss is the sum of the losses of the images, divided by the size of the whole batch. The sum
-  of this value over all micro-batches is the mean loss of the batch.
+  The loss is the summed loss of the images in the micro-batch, divided by the size of the whole
+  batch. So the losses of all micro-batches add up to the mean loss of the batch.
 
   Args:
     batch: micro-batch with `image` (uint8 `[B, H, W, C]`), `label` (`[B]`, or multi-hot `[B, L]`)

@@ -7,8 +7,8 @@ Decisions:
     the model is included. The FLOPs of a training step include the operations that `model.remat`
     repeats.
   * Activations are the arrays that the forward pass keeps for the backward pass. Each array is
-    counted once. XLA keeps fewer arrays, because it recomputes the cheap ones (on a CPU, it keeps
-    a sixth less). On the other hand, XLA needs some working memory, which is not counted.
+    counted once. A compiled step keeps fewer arrays, because XLA recomputes the cheap ones. On a
+    CPU, this saves a sixth of the bytes. However, XLA needs working memory, which is not counted.
 """
 
 from collections import Counter
@@ -33,23 +33,23 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 
 
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
-  """Returns (FLOPs of a forward pass by module, FLOPs of a training step), both for one image.
+  """Returns the FLOPs of each module in a forward pass, and the FLOPs of a training step.
 
-  The FLOPs of a training step are the mean over the patch sizes of the run. If each step runs a
-  teacher, its FLOPs are included.
+  Both are for one image. The FLOPs of a training step are the mean over the patch sizes of the run,
+  and include the FLOPs of the teacher if each step runs a teacher.
   """
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)
 
 
 def drawn_flops(exp: Experiment, size: tuple[int, int], params: dict) -> int:
-  """Returns the FLOPs of a training step for one image of this size: the mean over patch sizes."""
+  """Returns the FLOPs of a training step for one image of this size, averaged over patch sizes."""
   flops = [step_flops(exp.at(size, patch), params) for patch in exp.patch_sizes]
   return sum(flops) // len(flops)
 
 
 def forward_flops(model: ViT, params: dict, image: jax.ShapeDtypeStruct) -> Counter:
-  """Returns the FLOPs of the forward pass for inputs with the shape of `image`, by module."""
+  """Returns, for each module, the FLOPs of a forward pass for inputs of the shape of `image`."""
   with portable():  # uses no cuDNN kernel, because `products` cannot see inside it
     forward = jax.make_jaxpr(model.apply)({'params': params}, image)
   flops = Counter()
@@ -72,7 +72,8 @@ def step_flops(exp: Experiment, params: dict) -> int:
 def with_teacher_params(exp: Experiment, params: dict) -> tuple[dict, dict]:
   """Returns the trained and the frozen parameters, as a training step passes them to `loss_fn`.
 
-  If each step runs a teacher, the frozen parameters have a key `teacher` with its parameters.
+  If each step runs a teacher, the frozen parameters also contain the parameters of the teacher,
+  under the key `teacher`.
   """
   trained, frozen = exp.split(params)
   return trained, frozen | ({'teacher': exp.teacher.params} if runs_teacher(exp) else {})
@@ -89,7 +90,7 @@ def model_flops(exp: Experiment, params: dict) -> int:
 
 
 def of_stages(exp: Experiment, stages: Stages, params: dict, train_flops: int) -> int:
-  """Returns the FLOPs of all training steps of a run, as if each batch had only one image.
+  """Returns the FLOPs of a whole training run, divided by the batch size.
 
   Args:
     exp: experiment to train.
@@ -123,7 +124,7 @@ def activations(exp: Experiment, params: dict) -> Counter:
 def loss(exp: Experiment, count: int) -> Callable:
   """Returns the function `(trained, frozen, images, early, seed) -> loss` for `count` examples.
 
-  The arguments are as in `loss_fn`: `images` stands for `batch`, and `seed` gives the random key.
+  The arguments are as in `loss_fn`, but `images` replaces `batch`, and `seed` replaces `key`.
   """
 
   def function(trained, frozen, images, early, seed):
@@ -134,7 +135,7 @@ def loss(exp: Experiment, count: int) -> Callable:
 
 
 def batch(exp: Experiment, count: int) -> tuple:
-  """Returns the shapes of the last arguments of `loss`: the images, `early` and the seed."""
+  """Returns the shapes of `images`, `early` and `seed`, which the function from `loss` takes."""
   shape = (count, *exp.task.stored_size, exp.task.channels)
   images = {
     'image': jax.ShapeDtypeStruct(shape, jnp.uint8),
@@ -147,11 +148,10 @@ def batch(exp: Experiment, count: int) -> tuple:
 
 
 def module_of(stack: str, params: dict) -> str:
-  """Returns the module of an operation from its name stack.
+  """Returns the module that an operation belongs to, given the operation's name stack.
 
-  For example, `jvp(ViT)/block_3/mlp/up` gives `block_*/mlp`, which stands for all blocks' MLPs.
-
-  Operations outside of the modules in `params` belong to `OTHER`.
+  For example, `jvp(ViT)/block_3/mlp/up` gives `block_*/mlp`, which stands for all blocks' MLPs. The
+  result is `OTHER` for operations outside of the modules in `params`.
   """
   names = re.findall(r'[^/()]+', stack)
   for i, name in enumerate(names):
@@ -190,7 +190,7 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name stack, bytes)` of a traced function's outputs, if they depend on the batch.
+  """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
 
   The name stack names the modules that computed the output. An array that is returned in two shapes
   is yielded only once. `of_batch` are the inputs of the function that belong to the batch.

@@ -19,8 +19,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
   """Trains until `config.epochs` are done, and returns the content of `result.json`.
 
   If the config sets `classifier`, a head is computed without training steps (`closed_form.py`). If
-  it sets `freeze=backbone`, only the head is trained (`probe.py`). If it also sets `sweep`, heads
-  are trained at several learning rates.
+  the config sets `freeze=backbone`, only the head is trained (`probe.py`). If the config also sets
+  `sweep`, heads are trained at several learning rates.
 
   Args:
     config: config from `configs/`, or a changed `config.default_config()`.
@@ -28,8 +28,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
 
   Raises:
     ValueError: the config, the data or the workdir cannot be used; the message names the reason.
-    FloatingPointError: training diverged; in a sweep, it diverged at every learning rate. The last
-      good checkpoint stays.
+    FloatingPointError: training diverged (in a sweep, at every learning rate). The last good
+      checkpoint is kept.
     OutOfMemory: the device ran out of memory; the message names the keys to change.
     Preempted: the run was asked to stop and has saved a checkpoint.
   """

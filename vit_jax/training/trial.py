@@ -1,8 +1,9 @@
 """Tries cuDNN's attention on the GPU of a run before the run relies on it.
 
 cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. Therefore, a run with
-`model.attention=auto` first compares cuDNN's kernel with the kernel `plain` in float32, also for
-attention logits with extreme values. Then it chooses one of the two kernels.
+`model.attention=auto` first compares the results of cuDNN's kernel with results of the kernel
+`plain` in float32, also for attention logits with extreme values. Then the run chooses one of the
+two kernels.
 
 Decisions:
   * A run makes this choice once. Its checkpoints contain the choice, so a resumed run uses the same
@@ -39,14 +40,17 @@ REPEATS = 10  # timed calls of each kernel
 def prepared(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, saved: Mapping
 ) -> Experiment:
-  """Returns the experiment with the memory plan and attention kernel that a run chooses only once.
+  """Returns the experiment with the attention kernel and the memory plan of the run.
+
+  A run chooses the kernel and the memory plan only once. The choices in the newest checkpoint are
+  used again. Without a checkpoint, this function chooses the kernel, and `fit_step` later chooses
+  the plan.
 
   Args:
     exp: experiment to train.
     training: data, steps and optimizer of the run.
     mesh: mesh of the devices.
-    saved: JSON of the newest checkpoint, which contains the choices of the run. If it is empty,
-      because there is no checkpoint, the kernel is chosen now, and the plan later, by `fit_step`.
+    saved: JSON of the newest checkpoint; empty without a checkpoint.
   """
   return choose_attention(resumed(exp, saved), training, mesh, saved.get('attention'))
 
@@ -58,7 +62,8 @@ def choose_attention(
 
   Args:
     exp: experiment to train.
-    training: the steps of the run. The kernel is tried at each image and patch size.
+    training: data and steps of the run. cuDNN is tried at each image size in `training.stages` and
+      each patch size.
     mesh: mesh of the devices.
     earlier: choice in the run's newest checkpoint; None without a checkpoint.
 
@@ -87,13 +92,13 @@ def choose_attention(
 
 
 def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, deterministic: bool) -> str:
-  """Returns `cudnn` if cuDNN is correct for all shapes and not slower for the last, else `plain`.
+  """Returns `cudnn` if it is correct and not slower than `plain`, otherwise `plain`.
 
   Args:
-    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run. The last
-      shape is for full image size and the longest sequence.
+    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run. The kernels
+      are timed at the last shape, which is for full image size and the longest sequence.
     dtype: type of the computation.
-    deterministic: if True, the choice does not depend on measured times: `cudnn` is chosen if it is
+    deterministic: whether to ignore the measured times, which vary. Then `cudnn` is chosen if it is
       correct.
   """
   for shape in shapes:
@@ -116,7 +121,7 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 
 
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
-  """Describes the first incorrect output or gradient of cuDNN; empty if all are correct.
+  """Describes the first incorrect output or gradient of cuDNN; returns '' if all are correct.
 
   `shape` is the shape `[B, N, K, E]` of queries, keys and values, and `dtype` their type.
   """
@@ -142,7 +147,7 @@ def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
 
 
 def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[str, float]:
-  """Returns the errors of the output and of the gradients of query, key and value, by name.
+  """Returns `{name: error}` for the output and for the gradients of query, key and value.
 
   An error is the largest absolute difference, divided by the largest absolute expected value if
   this value is above 1. An error is NaN if any value is NaN.
@@ -180,7 +185,7 @@ def value_and_gradients(kernel):
 
 
 def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> float:
-  """Returns the mean seconds of a forward and backward pass of a kernel, without compiling."""
+  """Returns how many seconds a compiled kernel takes on average for a forward and backward pass."""
   given, run = draw(shape, dtype, 1, 0), value_and_gradients(kernel)
   jax.block_until_ready(run(*given))
   began = time.perf_counter()
