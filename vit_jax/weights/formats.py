@@ -67,7 +67,7 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Contents of a weights file: its arrays, and the model that the format and the config describe.
+  """Contents of a weights file: its arrays, and what its format and config say about the model.
 
   Attributes:
     origin: where the file came from, for messages.
@@ -112,7 +112,7 @@ class Pretrained:
       weights.
     sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
       classification with SigLIP.
-    multi_label: as in `Weights`.
+    multi_label: whether the weights were trained on images that can have several labels.
   """
 
   model: ViT
@@ -141,16 +141,16 @@ class Format:
     save: function that writes the files. Its arguments are `(model, params, folder, preprocessing,
       class_names)`, or `(program, folder)` for a program. It raises ValueError for a model that the
       format cannot hold.
-    holds_labels: whether `save` has an argument `multi_label`, as in `Weights`.
+    holds_labels: whether the format stores `multi_label`, which is then an argument of `save`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
       is only written.
     read: `(path) -> Weights`; None if the format is only written.
     library: name of the library on the Hub, for the model card.
-    opens: `(folder) -> (image_BHWC -> output_BL)` opens a program; None for weights. A
-      program enlarges images from `stored_size`, and divides logits by the temperature.
-    precisions: precisions below float32 in which the format can write a program, by name.
+    opens: `(folder) -> function` opens a program as a function `image_BHWC -> output_BL`. None for
+      weights. A program enlarges images from `stored_size`, and divides logits by the temperature.
+    precisions: `{name: Precision}` for the precisions below float32 that a program can have.
     holds_names: whether the format can store class names.
   """
 

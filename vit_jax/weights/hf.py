@@ -81,7 +81,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Guesses the architecture of a model whose config names none, from the names of its arrays."""
+  """Guesses the architecture from the names of a model's arrays, if the config names none."""
   found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
   for name, top in found.items():
     if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):
@@ -123,7 +123,7 @@ def architecture(model: ViT) -> str:
   """Returns the name of the Hugging Face architecture that can hold a model.
 
   Raises:
-    ValueError: no architecture can hold the model; the message lists the wrong attributes.
+    ValueError: no architecture can hold the model; the message lists the unsuitable attributes.
   """
   family = hf_towers.tower_family(model)
   if family is None:

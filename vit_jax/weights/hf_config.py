@@ -5,8 +5,8 @@ In this package, a model consists of a body (embedding, encoder) and a top (e.g.
 Decisions:
   * `Kind` holds all properties that differ between model types. The tables of all kinds are in
     `hf_names.py` and `hf_towers.py`.
-  * `processor_config.json` is preferred to `preprocessor_config.json`, as in transformers. From
-    version 5 of transformers on, a processor of images and texts writes no other config.
+  * `processor_config.json` is preferred to `preprocessor_config.json`, as in transformers. Since
+    version 5, transformers writes only the former for a processor of images and texts.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -102,10 +102,10 @@ class Kind:
     holds: for each attribute of `ViT`, the values that a model of this kind can have, or None for
       any value. These values override `HOLDS`. See `formats.refuse`.
     prepared: fields of `Preprocessing` to use if no file describes the image processor.
-    processor: defaults of keys that the config of the image processor may lack.
-    prefix: prefix of the names of the body's arrays; when reading, it can be missing in a file
-      that contains only a body.
-    bare: for writing: whether a file that contains only a body leaves out the prefix.
+    processor: values for keys that are missing in the config of the image processor.
+    prefix: prefix of the names of the body's arrays. A file that contains only a body is also read
+      if its names have no prefix.
+    bare: whether `save_hf` omits the prefix if it writes only a body.
     ignored: patterns for the names of arrays that are not read, because they belong to parts that
       `ViT` does not have.
     body: `(config, origin) -> dict` returns the config of the body, which can be a part of
@@ -128,7 +128,7 @@ class Kind:
 
 
 def complete(config: dict, kind: Kind, origin: str) -> dict:
-  """Returns the config of a model's body, in which missing fields have the defaults of the kind.
+  """Returns the config of a model's body, with the kind's defaults for missing fields.
 
   Args:
     config: content of `config.json`.
@@ -210,8 +210,8 @@ def find_processor(folder: pathlib.Path) -> tuple[pathlib.Path, dict | None]:
 def processing(p: dict, size: tuple[int, int], origin: str) -> Preprocessing:
   """Converts the config of an image processor to a `Preprocessing`.
 
-  A single number in the config's `size` is the height and the width. If `default_to_square` is
-  False, it is the shorter side.
+  If `size` in the config is a single number, both height and width have this value. However, if
+  `default_to_square` is False, only the shorter side has this value.
 
   Args:
     p: config of the image processor.

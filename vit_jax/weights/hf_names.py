@@ -1,9 +1,9 @@
 """Names of parameters and config fields in Hugging Face's ViT, DeiT, DINOv2 and DINOv3.
 
 Decisions:
-  * DINOv3's positions are rotary, so a file has no array that shows them. The model type alone
-    implies them, and `refuse` stops models with other positions from being written as DINOv3.
-  * If a file lacks a bias, the model has none, because fine-tuning would change a bias of zero.
+  * No array in a DINOv3 file shows that its positions are rotary; only the model type implies this.
+    Therefore, `refuse` raises an error before a model with other positions is written as DINOv3.
+  * A missing bias is not replaced by zeros, because fine-tuning would change the zeros.
   * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` are ignored, because they change
     DINOv3's positions only in pre-training, at random.
 """
@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns a body's name table; `norms`: a block's norms in the file; `mlp`: rows of the MLP."""
+  """Returns a body's name table, given a block's norms (names in the file) and the MLP's rows."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -54,20 +54,20 @@ def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
 
 
 def plain_mlp(up: str, down: str) -> list[tuple]:
-  """Returns the name table's rows for a plain MLP; `up`, `down`: its two layers in the file."""
+  """Returns the name table's rows for a plain MLP, from the names of its layers in the file."""
   up, down = (f'encoder.layer.{{i}}.{name}' for name in (up, down))
   return [*torch_linear('block_{i}/mlp/up', up), *torch_linear('block_{i}/mlp/down', down)]
 
 
 def packed_mlp() -> list[tuple]:
-  """Returns the name table's rows for a gated MLP; the file joins its layers `gate` and `up`."""
+  """Returns the name table's rows for a gated MLP whose `gate` and `up` are joined in the file."""
   ours, theirs = 'block_{i}/mlp', 'encoder.layer.{i}.mlp'
   inner = torch_fused(ours, ('gate', 'up'), f'{theirs}.weights_in')
   return [*inner, *torch_linear(f'{ours}/down', f'{theirs}.weights_out')]
 
 
 def dinov2(mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of DINOv2's body; `mlp` has the rows of the MLP."""
+  """Returns the name table of DINOv2's body, from the rows of the MLP."""
   return [
     *body(('norm1', 'norm2'), mlp),
     ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
@@ -116,27 +116,27 @@ DINOV3_DEFAULTS = dict(
 
 
 def vit_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a ViT gives; see `Kind.fields`."""
+  """Converts the config of a ViT to attributes of `ViT`; see `Kind.fields`."""
   return dict(mlp_dim=c['intermediate_size'], qkv_bias=c['qkv_bias'])
 
 
 def vit_config(model: ViT) -> dict:
-  """Returns the config fields of a ViT; see `Kind.config`."""
+  """Converts a model to the config fields of a ViT; see `Kind.config`."""
   return dict(intermediate_size=model.mlp_dim, qkv_bias=model.qkv_bias)
 
 
 def deit_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a DeiT gives; see `Kind.fields`."""
+  """Converts the config of a DeiT to attributes of `ViT`; see `Kind.fields`."""
   return vit_fields(c, origin) | dict(num_registers=1, position_prefix='all')
 
 
 def of_head(c: dict) -> dict:
-  """Returns the attribute `num_classes` that a config gives; see `Top.fields`."""
+  """Returns the attribute `num_classes`, taken from a config; see `Top.fields`."""
   return dict(num_classes=len(c.get('id2label') or ()) or c.get('num_labels', 2))
 
 
 def dinov2_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a DINOv2 gives; see `Kind.fields`.
+  """Converts the config of a DINOv2 to attributes of `ViT`; see `Kind.fields`.
 
   The activation of the gated MLP is always `silu`; `hidden_act` does not change it.
   """
@@ -150,13 +150,13 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns `width * ratio`; for a gated MLP, 2/3 of this, rounded up to a multiple of 8."""
+  """Returns `width * ratio`; for a gated MLP, 2/3 of that, rounded up to a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 
 
 def dinov2_config(model: ViT) -> dict:
-  """Returns the config fields of a DINOv2; see `Kind.config`.
+  """Converts a model to the config fields of a DINOv2; see `Kind.config`.
 
   Raises:
     ValueError: a gated MLP has another activation than `silu`, or its width is not a multiple of 8.
@@ -197,7 +197,7 @@ def dinov2_kind(prefix: str, **defaults: int) -> Kind:
 
 
 def dinov3_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a DINOv3 gives; see `Kind.fields`.
+  """Converts the config of a DINOv3 to attributes of `ViT`; see `Kind.fields`.
 
   Raises:
     ValueError: the config has a combination of biases that no published model has.
@@ -221,7 +221,7 @@ def dinov3_fields(c: dict, origin: str) -> dict:
 
 
 def dinov3_config(model: ViT) -> dict:
-  """Returns the config fields of a DINOv3; see `Kind.config`.
+  """Converts a model to the config fields of a DINOv3; see `Kind.config`.
 
   Raises:
     ValueError: the model has no LayerScale, which DINOv3 always has.

@@ -2,7 +2,7 @@
 
 Decisions:
   * A file of a whole model also holds a text tower, which is not read.
-  * Both families share one name table. A row is skipped if the model lacks the parameter: CLIP has
+  * Both families share one name table. A row is skipped if the model lacks the parameter. CLIP has
     no pooling with parameters, and SigLIP has no class token and no LayerNorm before the first
     block.
   * SigLIP 2 for fixed image sizes has the architecture of SigLIP. SigLIP 2 NaFlex models, whose
@@ -68,24 +68,24 @@ PROCESSOR = dict(default_to_square=False, resample=3)  # defaults of both famili
 
 
 def clip_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a CLIP gives; see `Kind.fields`."""
+  """Converts the config of a CLIP to attributes of `ViT`; see `Kind.fields`."""
   return dict(mlp_dim=c['intermediate_size'], pre_norm=True)
 
 
 def clip_config(model: ViT) -> dict:
-  """Returns the config fields of an image tower of CLIP; see `Kind.config`."""
+  """Converts a model to the config fields of an image tower of CLIP; see `Kind.config`."""
   projected = {} if model.projection is None else dict(projection_dim=model.projection)
   return projected | dict(intermediate_size=model.mlp_dim)
 
 
 def siglip_fields(c: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the config of a SigLIP gives; see `Kind.fields`."""
+  """Converts the config of a SigLIP to attributes of `ViT`; see `Kind.fields`."""
   pool = 'map' if c['vision_use_head'] else 'none'
   return dict(mlp_dim=c['intermediate_size'], class_token=False, pool=pool)
 
 
 def siglip_config(model: ViT) -> dict:
-  """Returns the config fields of an image tower of SigLIP; see `Kind.config`."""
+  """Converts a model to the config fields of an image tower of SigLIP; see `Kind.config`."""
   return dict(intermediate_size=model.mlp_dim, vision_use_head=model.pool == 'map')
 
 
@@ -131,7 +131,7 @@ def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict
     config: config of the whole model.
     origin: the config's path, for messages.
     tower: `model_type` of the image tower.
-    known: fields of the config of the whole model.
+    known: names of the fields that the config of the whole model can have.
 
   Raises:
     ValueError: a field is not supported, or the image tower is of a different kind.

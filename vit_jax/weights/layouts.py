@@ -1,7 +1,7 @@
-"""Maps the arrays of other code bases to ours with name tables that work in both directions.
+"""Converts arrays between this project and other code bases, with tables of parameter names.
 
 A row of a table gives our parameter names, the other code base's names, and the `Layout` that
-converts between the arrays:
+converts the arrays in both directions:
 
   ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
 """
@@ -60,7 +60,7 @@ CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
 
 
 def linear(axes: int = 1) -> Layout:
-  """Returns the layout of a PyTorch weight `[outputs, inputs]`, the transpose of our kernel.
+  """Returns the layout of a PyTorch weight `[outputs, inputs]`, which is our kernel transposed.
 
   The first `axes` axes of our kernel belong to the inputs.
   """
@@ -73,7 +73,7 @@ def linear(axes: int = 1) -> Layout:
 
 
 def fused(*inner: Layout) -> Layout:
-  """Returns the layout of one array in the file that joins several of our arrays on its first axis.
+  """Returns the layout of an array whose first axis joins several of our arrays.
 
   For example, PyTorch joins the kernels of queries, keys and values. `inner` has one layout for
   each of our arrays, or a single layout for all of them.
@@ -92,7 +92,7 @@ def fused(*inner: Layout) -> Layout:
 def interleaved(inner: Layout) -> Layout:
   """Returns the layout of queries or keys whose rotary positions rotate features 2i and 2i + 1.
 
-  This project rotates features i and i + E/2 of a head instead, so the layout reorders features.
+  Our models rotate features i and i + E/2 of a head instead, so the layout reorders the features.
   `inner` is the layout without this reordering.
   """
 
@@ -173,7 +173,7 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, 
 
 
 def shapes_of(tree: dict) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every array of a tree, by its path in the tree."""
+  """Returns `{path: shape}` for all arrays of a tree; a path is e.g. `block_0/mlp/up/kernel`."""
   return {name: tuple(leaf.shape) for name, leaf in flatten_params(tree).items()}
 
 

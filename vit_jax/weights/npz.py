@@ -1,7 +1,7 @@
-"""Reads and writes `.npz` files of the paper and of big_vision, which name arrays differently.
+"""Reads and writes `.npz` files of the paper and of big_vision, whose array names differ.
 
 Decisions:
-  * A file does not store what all files have in common: tanh GELU, epsilon 1e-6, pixels in [-1, 1].
+  * All models in such files use tanh GELU, epsilon 1e-6 and pixels in [-1, 1]; no file stores this.
   * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
   * The paper's models are written with the older names, as in all published files of the paper.
     Models that only big_vision has are written with big_vision's names.
@@ -79,7 +79,7 @@ def mlp(ours: str, theirs: str) -> list[tuple]:
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows of an encoder block, as in `norm`; `spelling` is `OLDER` or `NEWER`."""
+  """Returns the rows (as in `norm`) of an encoder block, for the names `OLDER` or `NEWER`."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -90,7 +90,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns the rows of a hybrid's ResNet, as in `norm`; `stages` has the units of each stage."""
+  """Returns the rows (as in `norm`) of a hybrid's ResNet, from the number of units per stage."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the name table of a file. If `scanned`, one array stacks the weights of all blocks."""
+  """Returns the name table of a file; if `scanned`, each array stacks the weights of all blocks."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -207,7 +207,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Returns how many different texts the group of `pattern` matches in the names `inside`."""
+  """Returns how many different values the group of `pattern` has in the names `inside`."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 

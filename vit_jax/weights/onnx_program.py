@@ -126,11 +126,11 @@ def save_int8(program: Program, folder: pathlib.Path, converted: pathlib.Path) -
 
 
 def without_zeros(model):
-  """Removes scalar zeros, which the converter adds as the bias of products, from an ONNX model.
+  """Removes the scalar zeros that the converter adds as biases of matrix products.
 
-  onnxruntime cannot quantize such a scalar if each output of a layer has its own scale. Outputs do
-  not change, because the real bias of a layer is added in a separate operation. The given
-  `onnx.ModelProto` is changed in place and returned.
+  onnxruntime cannot quantize such a scalar if each output of a layer has its own scale. The removal
+  does not change the outputs of the model, because the real bias of a layer is added in a separate
+  operation. The given `onnx.ModelProto` is changed in place and returned.
   """
   import onnx
 
@@ -159,7 +159,7 @@ class Images:
 
 
 def finish(program: Program, model, folder: pathlib.Path, precision: str) -> None:
-  """Writes a converted model and its `model.json`, as `save_onnx` writes the original.
+  """Writes a model that was converted to a lower precision, and its `model.json`.
 
   Args:
     program: the program.
@@ -188,7 +188,7 @@ def finish(program: Program, model, folder: pathlib.Path, precision: str) -> Non
 
 
 def data_of(file: pathlib.Path) -> pathlib.Path:
-  """Returns the path for the large arrays of an ONNX file; only large models have this file."""
+  """Returns the path of the file with a large model's arrays; small models have no such file."""
   return file.with_name(f'{file.name}.data')
 
 
@@ -217,7 +217,7 @@ def run_onnx(loaded: Pretrained) -> str:
 
 @contextlib.contextmanager
 def quiet(*names: str | None) -> Iterator[None]:
-  """Context manager that silences the warnings of loggers, given by name; None: the root logger.
+  """Context manager that silences warnings of the named loggers; None names the root logger.
 
   The converters to ONNX print many warnings.
   """

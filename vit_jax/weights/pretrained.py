@@ -3,8 +3,8 @@
     model, params = vit_jax.load('ViT-B_16.npz')
 
 Decisions:
-  * Activation, epsilon and pooling of the model come from the file. If the format does not store
-    them, they have the values of the code base that defined the format.
+  * The file determines activation, epsilon and pooling of the model. If the format does not store
+    one of these, the model uses the value of the code base that defined the format.
   * If the number of classes changes, a new head replaces the file's head and its pre-logits layer.
     In the paper, these two layers together are the head for pre-training (Section 3.1), and
     fine-tuning removes them (Section 3.2).
@@ -65,7 +65,7 @@ def load(
   Args:
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
-    grid: number of patches (down, across) of your images; None for the grid of the file's images.
+    grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. An
       npz file does not store this grid. Therefore, this argument is needed for an npz file whose
       grid is not square, if `grid` has a different number of patches.
@@ -75,8 +75,8 @@ def load(
       number, the model gets a linear head whose weights are zero, and no pre-logits layer. None
       keeps the file's head.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
-    features: output of a model without a head. `tokens`: the normalised tokens, `[B, N, D]`.
-      `pooled`: one vector for each image, `[B, D]`, after the projection if the model has one.
+    features: output of a model without a head. `tokens` gives the normalised tokens `[B, N, D]`.
+      `pooled` gives one vector for each image `[B, D]`, after the projection if the model has one.
 
   Raises:
     ValueError: the path does not exist, the file is damaged or holds pickled objects, the weights
@@ -141,7 +141,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
 
 def as_tokens(loaded: Pretrained) -> Pretrained:
-  """Returns a copy of `loaded` whose model returns normalised tokens `[B, N, D]`, unpooled."""
+  """Returns a copy of `loaded` whose model returns normalised tokens `[B, N, D]`."""
   model = loaded.model
   params, dropped = without(loaded.params, (*POOLS[model.pool].params, 'pre_logits', 'projection'))
   if dropped:
@@ -216,8 +216,8 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit the grid in `to` or in the file. Or neither has
-      a grid, and the number of positions for patches is not a square number.
+    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file, or no
+      grid is known, and the number of positions for patches is not a square number.
   """
   found = [
     array

@@ -1,17 +1,18 @@
 """Writes programs: a model with its weights and its preprocessing in one file.
 
 A program runs without this package. In both formats, StableHLO and ONNX, it takes one argument:
-uint8 images `[b, H, W, C]` with any `b`. The images must already have the size H x W; `model.json`
-next to the file describes how to resize them. The program returns float32 logits `[b, L]`, or the
-pooled features if the model has no head. This module writes StableHLO; `onnx_program.py` writes
-ONNX.
+uint8 images `[b, H, W, C]`, for any batch size `b`. The images must already have the size H x W;
+`model.json` next to the file describes how to resize them. The program returns float32 logits
+`[b, L]`, or the pooled features if the model has no head. This module writes StableHLO;
+`onnx_program.py` writes ONNX.
 
 Decisions:
-  * Programs return logits, because probabilities can be computed from logits, but not the reverse.
-    The logits are already divided by the calibration's temperature, so their softmax gives the
-    probabilities that `predict` prints. For zero-shot classification with SigLIP and for images
-    with several labels, `model.json` has `probabilities: sigmoid`, and the sigmoid of a logit is
-    the probability. For images with several labels, `model.json` also has the thresholds.
+  * Programs return logits, because probabilities can be computed from logits, but logits cannot be
+    computed from probabilities. The logits are already divided by the calibration's temperature, so
+    their softmax gives the probabilities that `predict` prints. In two cases, the probability is
+    the sigmoid of a logit instead, and `model.json` has `probabilities: sigmoid`: for zero-shot
+    classification with SigLIP, and for images with several labels. For images with several labels,
+    `model.json` also has the thresholds.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.
   * In every precision, the input is uint8 and the output is float32, so the same code can run a
@@ -43,12 +44,12 @@ LIMIT = 2**31  # maximum size of a serialized program, in bytes
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-  """A precision below float32 in which a format can hold a program.
+  """A precision below float32 in which a program can be written.
 
   Attributes:
     convert: `(program, folder, converted) -> None` writes the program in this precision into the
       folder `converted`. The folder `folder` contains the program in float32.
-    calibrates: whether `convert` needs `Program.image_NHWC`.
+    calibrates: whether `convert` needs sample images (`Program.image_NHWC`).
   """
 
   convert: Callable[['Program', pathlib.Path, pathlib.Path], None]

@@ -86,7 +86,7 @@ def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, 
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """Returns the weights in a local file or folder; the last entry of `FORMATS` that fits is used.
+  """Returns the weights in a local file or folder, using the last entry of `FORMATS` that fits.
 
   Args:
     place: the file or folder.
@@ -183,7 +183,7 @@ PLAIN = {int, float, bool, str, type(None)}
 
 
 def check_kinds(fields: dict, origin: str) -> None:
-  """Raises ValueError if a value for an attribute of `ViT` has the wrong type, e.g. '12' for 12."""
+  """Raises ValueError if an attribute of `ViT` has a value of the wrong type, e.g. '12'."""
   for name, hint in typing.get_type_hints(ViT).items():
     kinds, value = typing.get_args(hint) or (hint,), fields.get(name)
     kinds += (int,) * (float in kinds) + (type(None),)
@@ -250,7 +250,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
 
 
 def download(name: str) -> pathlib.Path:
-  """Returns the local folder of a Hub repository, which is downloaded if it is not cached yet.
+  """Returns the local folder of a Hub repository; downloads the repository if it is not cached.
 
   Raises:
     ValueError: the repository does not exist, or is not cached and cannot be downloaded.

@@ -1,13 +1,13 @@
 """Reads and writes timm's `VisionTransformer` and `Eva`: `model.safetensors` and `config.json`.
 
 Decisions:
-  * A config's `model_args` override the arguments of its architecture name (`timm_names.py`),
-    which override timm's defaults.
+  * The value of an argument comes from the config's `model_args`. If an argument is missing there,
+    its value comes from the architecture name (`timm_names.py`), or else from timm's defaults.
   * A written config names an architecture that timm knows, and lists every argument, so that timm
     ignores the defaults of the architecture. A config has no arguments for the norm and the kind of
     gated MLP, so the named architecture must be one that has the right norm and MLP.
-  * If a file lacks the biases of keys, the model has no such biases, because fine-tuning would
-    change biases of zero.
+  * If a file lacks the biases of keys, they are not replaced by zeros, because fine-tuning would
+    change the zeros.
 """
 
 from collections.abc import Mapping
@@ -77,7 +77,7 @@ VIT = [  # additional rows for `VisionTransformer`
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns the additional rows for timm's `Eva`; `a` has the arguments of the timm model."""
+  """Returns the rows that only timm's `Eva` needs; `a` has the arguments of the timm model."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())

@@ -1,9 +1,9 @@
 """Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Reading a file
-needs the name, because the arrays do not show the activation. If q, k and v are fused, they do not
-show the number of heads either. The tables are from timm 1.0.31, without models that `ViT` does not
-cover (parallel blocks, RMSNorm). `norm_epsilon` and `mlp_layer` replace Python objects of timm.
+needs the name, because the arrays do not show the activation, nor the number of heads if q, k and v
+are fused. The tables are from timm 1.0.31, without models that `ViT` does not cover (parallel
+blocks, RMSNorm). `norm_epsilon` and `mlp_layer` replace arguments that are Python objects in timm.
 """
 
 import re
@@ -205,7 +205,7 @@ POSITIONS = {  # (learned positions, type of rotary positions, rotation of halve
 
 
 def vision_fields(a: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the arguments `a` of timm's `VisionTransformer` give."""
+  """Converts the arguments `a` of timm's `VisionTransformer` to attributes of `ViT`."""
   gated = choose(f'{origin}: mlp_layer', a['mlp_layer'] or '', {'': False, PACKED: True})
   return dict(
     mlp='gated' if gated else 'plain',
@@ -218,7 +218,7 @@ def vision_fields(a: dict, origin: str) -> dict:
 
 
 def eva_fields(a: dict, origin: str) -> dict:
-  """Returns the attributes of `ViT` that the arguments `a` of timm's `Eva` give.
+  """Converts the arguments `a` of timm's `Eva` to attributes of `ViT`.
 
   Raises:
     ValueError: the positions, the MLP or the pooling are not supported.
@@ -250,7 +250,7 @@ HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), co
 
 
 def mlp_ratio(model: ViT, factor: int = 1) -> float:
-  """Returns the `mlp_ratio` from which timm, rounding down, computes `factor * model.mlp_dim`."""
+  """Returns the `mlp_ratio` that gives the width `factor * model.mlp_dim`; timm rounds down."""
   ratio = factor * model.mlp_dim / model.width
   exact = int(model.width * ratio) == factor * model.mlp_dim
   return ratio if exact else np.nextafter(ratio, np.inf).item()

@@ -8,7 +8,7 @@ from vit_jax.weights.formats import Preprocessing, Pretrained
 def label_lines(loaded: Pretrained) -> str:
   """Returns Python code that computes `labels`, a list of class ids, from a tensor `logits`.
 
-  The code uses PyTorch. `loaded` has the threshold of each class; without thresholds, all are 0.5.
+  The code uses PyTorch. The thresholds of the classes come from `loaded`; the default is 0.5.
   """
   thresholds = loaded.calibration.thresholds
   return (
