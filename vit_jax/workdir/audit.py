@@ -3,11 +3,12 @@
 Decisions:
   * Mistakes are warnings. Nothing is changed, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
-    the same size in bytes. If there are more than `MOST_FILES` files, or if more than `MOST_BYTES`
-    would be read, copies are not searched, and the log reports this. Files in a bucket are not
-    read.
-  * Only the header of a file is read to find unreadable images. This check is only for streamed
-    images, because images that are kept in memory are all decoded before training.
+    the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
+    `MOST_BYTES` would be read, copies are not searched for. In both cases, the log reports this.
+    Files in a bucket are not read.
+  * To find unreadable images, only the header of each file is read, and only if images are
+    streamed. Images that are kept in memory need no check, because they are all decoded before
+    training.
 """
 
 import collections

@@ -47,7 +47,7 @@ class Calibration:
 
 
 def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | None:
-  """Returns the fields of a checkpoint's `Calibration`; None if the file has no valid entry.
+  """Returns the fields of a checkpoint's `Calibration`; None if no valid one is stored.
 
   Args:
     workdir: folder of the run.

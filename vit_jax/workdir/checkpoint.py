@@ -12,8 +12,8 @@ A checkpoint also has a file `digests.json` with the checksums of the items' fil
 
 Decisions:
   * If all processes can access the workdir, each process writes the parts of arrays that its
-    devices hold, while training continues. Otherwise, all arrays are gathered, and process 0 writes
-    them.
+    devices hold, while training continues. If some processes cannot access the workdir, all arrays
+    are gathered, and process 0 writes them.
   * On a CPU, orbax writes a copy of the train state, made by `copy_state`. So the next training
     step can overwrite the state while orbax writes.
   * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
@@ -83,7 +83,7 @@ class Checkpoints:
     return stored.latest_step(self._workdir)
 
   def rate(self, step: int, accuracy: float) -> None:
-    """Sets the validation accuracy of a saved checkpoint; the best checkpoint is not deleted.
+    """Sets the validation accuracy of a saved checkpoint, so that the best one is not deleted.
 
     A checkpoint is saved before its evaluation, so only `metrics.jsonl` stores its accuracy.
     """
@@ -103,8 +103,8 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      storage.Unwritten: this process cannot write this checkpoint, or the previous one.
-      ValueError: another process cannot write it.
+      storage.Unwritten: this process cannot write this checkpoint or the previous one.
+      ValueError: another process cannot write one of these two checkpoints.
     """
     step = int(to_host(state.step))
     check_finite(state.params, step)
@@ -146,7 +146,7 @@ class Checkpoints:
 
     Raises:
       storage.Unwritten: this process cannot write the checkpoint.
-      ValueError: another process cannot write it.
+      ValueError: another process cannot write the checkpoint.
     """
     together(self._wait)
 
@@ -158,7 +158,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
 
   def _end_handover(self):
-    """Waits until orbax has the arrays of the last checkpoint."""
+    """Waits until the thread has passed the last checkpoint's arrays to orbax."""
     handover, self._handover = self._handover, None
     if handover is not None:
       handover.result()
@@ -166,7 +166,7 @@ class Checkpoints:
   def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.
 
-    If all processes can access the workdir, each reads only the shards of its own devices.
+    If all processes can access the workdir, each process reads only the shards of its devices.
 
     Args:
       like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
@@ -190,10 +190,10 @@ def check_finite(params: dict, step: int) -> None:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def copy_state(previous, state):
-  """Returns a copy of `state` in the memory of `previous`, or in new memory if that is None.
+  """Returns a copy of `state` in the memory of `previous`, or in new memory without `previous`.
 
-  Old memory is used again, because new memory takes longer than the copying: the operating system
-  provides new memory in small pages at their first use.
+  Reusing memory saves time, because the operating system provides new memory in small pages at
+  their first use. Providing new memory takes longer than copying the state.
   """
   del previous
   return jax.tree.map(jnp.copy, state)
@@ -201,7 +201,7 @@ def copy_state(previous, state):
 
 @jax.jit
 def all_finite(params: dict) -> jax.Array:
-  """Returns a bool array with one entry per leaf of `params`: whether all its numbers are finite.
+  """Returns a bool array that tells for each leaf of `params` whether all numbers are finite.
 
   The result is one array, so that the host can read all entries with one copy. The function tests
   only the largest magnitude of each leaf, which is NaN or infinite if any number in the leaf is. On

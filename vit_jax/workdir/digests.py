@@ -1,15 +1,17 @@
-"""Writes and compares the checksums of a checkpoint's files, which `digests.json` contains.
+"""Writes the checksums of a checkpoint's files to `digests.json`, and compares files with them.
 
 Decisions:
   * Neither orbax nor tensorstore notices a flipped bit in array data. So `digests.json` stores the
-    size and the CRC-32 of every file of a checkpoint's four items. A CRC finds damage, not
+    size and the CRC-32 of every file of a checkpoint's four items. A CRC detects damage, but not
     tampering.
   * Checksums are computed from files, not from arrays. Therefore, a process can check them without
     the devices that wrote the arrays, and never needs memory for a whole array.
   * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file
-    is ignored, because it is incomplete. Checkpoints of older versions are an exception: their item
-    `config` has no key `format`, and has checksums of arrays or no checksums.
-  * `_CHECKPOINT_METADATA` has no checksum: orbax changes it when it gives a checkpoint its name.
+    is ignored, because it is incomplete. Checkpoints of older versions are an exception, because
+    they never had this file. Their item `config` has no key `format`, and has checksums of arrays
+    or no checksums.
+  * `_CHECKPOINT_METADATA` has no checksum, because orbax changes this file when it gives a
+    checkpoint its final name.
 """
 
 import json
@@ -49,7 +51,7 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether all files of a checkpoint were written; it may have been damaged afterwards."""
+  """Returns whether all files of a checkpoint were written, even if one was damaged afterwards."""
   if (checkpoint / FILE).exists():
     return True
   try:
@@ -118,6 +120,6 @@ def read_digests(checkpoint: pathlib.Path) -> dict[str, list[int]]:
 
 
 def broken(checkpoint: pathlib.Path, reason: str) -> items.Damaged:
-  """Returns the error `Damaged`; if a file of the checkpoint cannot be read, raises OSError."""
+  """Returns the error `Damaged`, but raises OSError if a file cannot be read at the moment."""
   items.check_readable(checkpoint)
   return items.damaged(checkpoint, reason)

@@ -113,7 +113,7 @@ def digest(item) -> str:
 def be_silent() -> None:
   """Stops orbax and tensorstore from printing errors that are also raised as exceptions.
 
-  Otherwise a full disk would fill the terminal with tracebacks.
+  Without this function, a full disk would fill the terminal with tracebacks.
   """
   sys.unraisablehook = unraisable
   for name in ('absl', 'asyncio'):
@@ -132,9 +132,9 @@ def is_error(record: logging.LogRecord) -> bool:
 
 
 def unraisable(found) -> None:
-  """Replaces `sys.unraisablehook`, and does not print the error `Event loop is closed`.
+  """Replaces `sys.unraisablehook`, to print all errors except `Event loop is closed`.
 
-  orbax causes this error if saving a checkpoint fails.
+  orbax causes `Event loop is closed` if saving a checkpoint fails.
   """
   if str(found.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(found)
@@ -143,9 +143,8 @@ def unraisable(found) -> None:
 def check_readable(folder: pathlib.Path) -> None:
   """Raises OSError if a file in a folder cannot be read at the moment.
 
-  The content of such a file may still be valid.
-
-  Files in a bucket are not checked: their read errors have a type that is not in `CONTENT`.
+  The error is not `Damaged`, because the content of such a file can still be valid. Files in a
+  bucket are not checked, because their read errors have a type that is not in `CONTENT`.
   """
   if bucket.is_remote(folder):
     return

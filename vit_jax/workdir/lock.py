@@ -23,8 +23,8 @@ UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIS
 def held(workdir: pathlib.Path) -> Iterator[None]:
   """Locks a workdir, so that only one run at a time writes into it. Creates missing folders.
 
-  Process 0 holds the lock for all processes. If nothing is written, the new `log.txt` and new
-  folders are removed again. A read-only workdir is not locked, because nothing can be written.
+  Process 0 holds the lock for all processes. If the run writes nothing, new folders and the new
+  `log.txt` are removed again. A read-only workdir is not locked, because nothing can be written.
   In a bucket, the lock is a `bucket.Lease`. If this process is suspended for too long, another
   process can take over the lock. The next write of this process then raises `bucket.Lost`.
 

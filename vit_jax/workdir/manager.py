@@ -1,4 +1,4 @@
-"""Opens orbax's checkpoint manager, with this project's rules for saving and keeping."""
+"""Opens orbax's checkpoint manager, with rules for saving and keeping checkpoints."""
 
 from collections.abc import Callable
 import dataclasses
@@ -38,8 +38,9 @@ class Best(policies.PreservationPolicy):
 class Manager(ocp.CheckpointManager):
   """Orbax's manager, but without orbax's calls of JAX's preemption service.
 
-  The training loop numbers its calls of the service (`distributed.asked_to_stop`), which compares
-  the numbers of all processes. Orbax passes other numbers, so the loop could miss a stop signal.
+  The training loop calls this service with a number (`distributed.asked_to_stop`), and the service
+  compares the numbers of all processes. Orbax would call the service with different numbers, so the
+  loop could miss a stop signal.
   """
 
   def reached_preemption(self, step):
@@ -59,10 +60,10 @@ def open_manager(
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
-    scored: {step: accuracy}; the caller may add steps later.
+    scored: {step: accuracy}; the caller can add steps later.
     before_commit: called in process 0 when all files of a checkpoint are written, before orbax
       gives the checkpoint its final name.
-    agreement: the processes that save together; None: this process saves alone.
+    agreement: the processes that save together; None if this process saves alone.
   """
   policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
   set_array_handler()  # before the handlers are created
@@ -96,11 +97,12 @@ def open_manager(
 
 @functools.cache
 def set_array_handler() -> None:
-  """Sets how orbax saves arrays, in the whole process.
+  """Sets how orbax saves arrays, for all managers in this process.
 
-  Orbax does not record the devices that held an array. If several devices hold copies of a large
-  array, each of them writes a part. A small array is written from one device, because dividing an
-  array needs a call to JAX for each device, which would take longer than writing a small array.
+  With these settings, orbax does not record the devices that held an array. If several devices
+  hold copies of a large array, each of them writes a part. A small array is written from one
+  device, because dividing an array needs a call to JAX for each device, which would take longer
+  than writing a small array.
   """
   handler = type_handlers.ArrayHandler(
     enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES

@@ -2,8 +2,8 @@
 
 Decisions:
   * If all processes can access the checkpoint, each process verifies the checksums of some of the
-    files, and reads only the shards of its own devices. Otherwise, process 0 reads everything and
-    sends it to the other processes.
+    files, and reads only the shards of its own devices. If some processes cannot access the
+    checkpoint, process 0 reads the whole state and sends it to the other processes.
 """
 
 import pathlib
@@ -27,13 +27,14 @@ def restore_state(
     step: step of the checkpoint.
     like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
       used.
-    shared: whether all processes can access the workdir; None: this function finds out.
+    shared: whether all processes can access the workdir; None if the function should find out.
 
   Returns:
     The state, placed on devices like `like`, and the item `config`.
 
   Raises:
-    Damaged: the checkpoint is damaged. With several processes, the error may be a plain ValueError.
+    Damaged: the checkpoint is damaged.
+    ValueError: another process has found that the checkpoint is damaged.
   """
   checkpoint = stored.directory(workdir) / str(step)
   config = stored.restore_item(workdir, step, 'config')
@@ -61,7 +62,8 @@ def is_visible(checkpoint: pathlib.Path) -> bool:
 def read_state(checkpoint: pathlib.Path, like):
   """Returns the state of a checkpoint without comparing checksums; `like` as in `restore_state`.
 
-  All processes must call this if `like` is on devices. Otherwise, process 0 calls it alone.
+  If `like` is on devices, all processes must call this function. If `like` has NumPy arrays, only
+  process 0 calls it.
   """
   found = {}
   with items.condemning(checkpoint):
@@ -74,7 +76,7 @@ def read_state(checkpoint: pathlib.Path, like):
 
 
 def holds_shards(tree) -> bool:
-  """Returns whether a tree contains a JAX array; otherwise its arrays are NumPy arrays."""
+  """Returns whether a tree contains JAX arrays; a tree without JAX arrays has NumPy arrays."""
   return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 

@@ -51,7 +51,7 @@ def latest_step(workdir: pathlib.Path) -> int | None:
 def newest_config(workdir: pathlib.Path) -> dict | None:
   """Returns the item `config` of the newest undamaged checkpoint, with an additional key `step`.
 
-  Returns None without a checkpoint.
+  Returns None if there is no such checkpoint.
   """
 
   def find():
@@ -79,7 +79,7 @@ def restore_weights(workdir: pathlib.Path, step: int) -> dict:
   """Returns a checkpoint's weights for inference (NumPy): the EMA weights if the run has them.
 
   Raises:
-    Damaged: the item is invalid, or has changed since it was saved.
+    Damaged: an item is invalid, or has changed since it was saved.
   """
   return from_first(lambda: read_weights_of(workdir, step))
 
@@ -158,9 +158,9 @@ def check_files(workdir: pathlib.Path, step: int) -> None:
 def accuracies(workdir: pathlib.Path) -> dict[int, float]:
   """Returns {step: validation accuracy} for the checkpoints that have an accuracy.
 
-  If images can have several labels, the value is the mean average precision instead. In a run
-  without labels, it is the negative loss. The values come from `metrics.jsonl`, or from checkpoints
-  of older versions.
+  If images can have several labels, the mean average precision replaces the accuracy. In a run
+  without labels, the negative loss replaces the accuracy. The values come from `metrics.jsonl`, or
+  from checkpoints of older versions.
   """
   recorded = {}
   for line in writer.read_metrics(workdir):

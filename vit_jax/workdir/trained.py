@@ -1,8 +1,8 @@
-"""Describes the data that weights were trained on, so that no test uses the same examples.
+"""Describes the data that weights were trained on, so that no test uses training examples.
 
 Decisions:
   * The name of a file is the path after the class folder, e.g. `a/1.jpg` for `train/cat/a/1.jpg`.
-    The hash of this name identifies the file, also in a different split, class or folder.
+    The hash of this name identifies the file in any split, class or folder.
   * A training file and a held-out file can have the same name, e.g. if the files of each split are
     numbered from 0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
@@ -124,9 +124,10 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads the training files from the newest checkpoint of a run; no files without a checkpoint.
+  """Loads the training files from the newest checkpoint of a run.
 
-  Returns None if the run trained on an image folder, but did not record the files.
+  Without a checkpoint, the result has no files. The result is None if the run trained on an image
+  folder, but did not record the files.
   """
   step = stored.latest_step(workdir)
   if step is None:
@@ -144,7 +145,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on; those in `earlier` are marked as inherited.
+  """Returns the files and splits that a run trains on, plus the content of `earlier` as inherited.
 
   Args:
     source: dataset of the run.
@@ -196,7 +197,7 @@ def hash_training_files(
 def content(files: Files, index_N: np.ndarray) -> np.ndarray:
   """Returns a hash of the content of each file, uint64; 0 if the file cannot be read.
 
-  The hash has the first 64 bits of the SHA-256. `index_N` selects the files.
+  The hash is the first 64 bits of the SHA-256. `index_N` selects the files.
   """
 
   def of_one(index):

@@ -1,11 +1,11 @@
 """Writes the records of a run: `metrics.jsonl`, TensorBoard events, `log.txt` and JSON files.
 
 Decisions:
-  * A run locks its workdir's `log.txt` before it checks and writes. So a second command, which is
-    refused because the workdir is in use, does not change the files of the first one.
-  * If the workdir is in a bucket, these files are written into a local scratch folder
-    (`bucket.Mirror`). They are uploaded whole every `UPLOAD` seconds, before each checkpoint and at
-    the end.
+  * A run locks `log.txt` in its workdir before it writes any file. So a second command in the same
+    workdir is refused before it can change the files of the run.
+  * If the workdir is in a bucket, a local scratch folder (`bucket.Mirror`) holds these files. The
+    whole files are uploaded when metrics are written (at most every `UPLOAD` seconds), before each
+    checkpoint and at the end.
   * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
@@ -33,7 +33,7 @@ class Writer:
   def __init__(self, workdir: pathlib.Path, start: int):
     """Opens the files of a run that starts or resumes at step `start`.
 
-    Metrics that an interrupted run wrote after this step are removed. The caller must hold the
+    Metrics of later steps, which an interrupted run wrote, are removed. The caller must hold the
     workdir's lock (`lock.held`).
     """
     self.workdir = workdir
@@ -108,7 +108,7 @@ class Writer:
 
 
 class LogFile(logging.FileHandler):
-  """Handler for `log.txt`. A failed write prints no traceback; `check` raises its error instead."""
+  """Handler for `log.txt`. If a write fails, `check` raises the error, and no traceback appears."""
 
   def __init__(self, path: pathlib.Path):
     self._path, self._failure = path, None
