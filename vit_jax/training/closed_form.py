@@ -62,8 +62,8 @@ def make_head(
 ) -> dict:
   """Computes or trains the head of a model, and returns the content of `result.json`.
 
-  The head is computed if the config sets `classifier`. Otherwise it is trained (`train_head`). The
-  caller must hold the lock of the workdir.
+  If the config sets `classifier`, the head is computed. If not, the head is trained (`train_head`).
+  The caller must hold the lock of the workdir.
   """
   if not exp.config.classifier:
     return train_head(exp, training, mesh, workdir)

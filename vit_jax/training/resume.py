@@ -241,7 +241,7 @@ def record(exp: Experiment, workdir: pathlib.Path, test: Split | None = None) ->
 
 
 def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
-  """Saves the first images of the test split as PNG files, as examples for `predict`."""
+  """Saves the first test images as PNG files, so that users can try `--mode=predict` on them."""
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))

@@ -1,8 +1,8 @@
 """The train step: augment, forward, loss, gradient, update, metrics, average.
 
 Decisions:
-  * Random keys are derived from the seed, the step and the example's position in the batch. No key
-    is stored, and no draw depends on the number of devices or micro-batches.
+  * Random keys are derived from the seed, the step and the example's position in the batch. So no
+    key is stored, and the random numbers do not depend on the number of devices or micro-batches.
   * The objective of a step is an entry of `OBJECTIVES` in `optim/objectives.py`.
   * If mixup or cutmix mixes an image with a second image, training accuracy uses only the label of
     the first image, even if the second image has the larger weight. So with mixup or cutmix,
@@ -70,8 +70,8 @@ def train_step(
   Args:
     state: state before the step.
     batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Optional keys: `bad`
-      (`[B]`, whether an image could not be decoded) and `teacher` (`[B, L]`, logits of the teacher
-      that were computed before training).
+      (`[B]`, True for images that could not be decoded) and `teacher` (`[B, L]`, logits of the
+      teacher that were computed before training).
     teacher: parameters of the teacher; None if no step runs a teacher.
     exp: experiment to train.
     training: data, steps and optimizer of the run.

@@ -6,9 +6,9 @@ cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. Therefo
 two kernels.
 
 Decisions:
-  * A run makes this choice once. Its checkpoints contain the choice, so a resumed run uses the same
-    kernel.
-  * Process 0 makes the choice for all processes.
+  * A run chooses the kernel only once. Its checkpoints contain the choice, so a resumed run uses
+    the same kernel.
+  * Process 0 chooses the kernel for all processes.
 """
 
 from collections.abc import Mapping

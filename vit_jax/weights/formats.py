@@ -31,7 +31,7 @@ class Preprocessing:
   """Image preprocessing that weights expect.
 
   Attributes:
-    size: (height, width) in pixels.
+    size: (height, width) of the prepared image in pixels.
     mean: value to subtract from pixels in [0, 1]; one per channel, or one for all channels.
     std: divisor after the subtraction; one per channel, or one for all channels.
     interpolation: one of `image.INTERPOLATIONS`.
@@ -52,7 +52,7 @@ class Preprocessing:
   stored_size: tuple[int, int] | None = None
 
   def check(self, channels: int, origin: object) -> None:
-    """Raises ValueError if no image can be prepared with these settings."""
+    """Raises ValueError if a setting is not valid for images with `channels` channels."""
     choose(f'{origin}: interpolation', self.interpolation, INTERPOLATIONS)
     for name in ('mean', 'std'):
       values = getattr(self, name)
@@ -80,7 +80,7 @@ class Weights:
       does not store this grid.
     class_names: names of the classes; None if the file does not store names.
     ignored: regular expressions for the names of arrays that do not affect the output.
-    run: `config`, `task` and `step` of the vit_jax run that wrote the file; None for other files.
+    run: facts (e.g. `config`, `task`) of the vit_jax run that wrote the file; None for other files.
     multi_label: whether the weights were trained on images that can have several labels.
   """
 
@@ -108,8 +108,8 @@ class Pretrained:
     class_names: names of the classes, in the order of the logits. None if the file does not store
       names, or if `load` replaced the file's head.
     ignored: names of the file's arrays that the model does not use.
-    run: `config`, `task` and `step` of the vit_jax run that wrote the weights; None for other
-      weights.
+    run: facts about the vit_jax run that wrote the weights, such as `config`, `task` and `step`;
+      None for other weights.
     sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
       classification with SigLIP.
     multi_label: whether the weights were trained on images that can have several labels.
@@ -209,7 +209,7 @@ def read_params(
 
   Args:
     weights: contents of the file.
-    wanted: shape of each parameter of the model, by path such as `head/kernel`.
+    wanted: `{path: shape}` for the parameters of the model; a path is e.g. `head/kernel`.
 
   Returns:
     The parameters as a tree of float32 NumPy arrays, and the names of the file's unused arrays.
@@ -261,7 +261,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """Converts parameters to `{name in the file: array}`; call `refuse` before this function."""
+  """Converts parameters to `{name in the file: array}`; call `refuse` first."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }

@@ -280,7 +280,7 @@ def save_npz(
 
 
 def run_npz(loaded: Pretrained) -> str:
-  """Returns Python code that prepares an image and runs the file with vit_jax."""
+  """Returns Python code that prepares an image and applies the model with vit_jax."""
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
   axes = '[..., None]' if channels == 1 else ''

@@ -47,7 +47,7 @@ def save_onnx(program: Program, folder: pathlib.Path) -> None:
   """Writes `model.onnx` and `model.json`, and for large models also `model.onnx.data`.
 
   Raises:
-    ValueError: the converter is missing, or the converted model gives different outputs.
+    ValueError: the converter is missing or fails, or the converted model gives different outputs.
   """
   path, function, name = folder / FILE, program.function(), program.output_name
   with quiet('jax2onnx', 'onnx_ir'):

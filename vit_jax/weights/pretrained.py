@@ -93,7 +93,7 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
 
   Args:
     source: contents of the file.
-    to: the wanted patch size, grid and number of classes; None keeps the file's value.
+    to: the wanted patch size, grid and number of classes; each None keeps the value of the file.
 
   Raises:
     ValueError: the arrays do not match the model, or the grid or patch size does not fit them.
@@ -179,7 +179,7 @@ def headless(loaded: Pretrained) -> Pretrained:
 
 
 def without(params: dict, names: Sequence[str]) -> tuple[dict, tuple[str, ...]]:
-  """Returns the parameters without the top-level keys `names`, and the paths of removed arrays."""
+  """Returns the parameters without the top-level keys in `names`, and the removed arrays' paths."""
   dropped = layouts.flatten_params({name: params[name] for name in names if name in params})
   return {name: leaf for name, leaf in params.items() if name not in names}, tuple(dropped)
 

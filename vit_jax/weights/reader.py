@@ -114,7 +114,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors of a given code base: timm, or Hugging Face.
+  """Returns whether a path holds safetensors of timm, or of Hugging Face if `of_timm` is False.
 
   Args:
     place: a file, or a folder.
@@ -133,7 +133,7 @@ def is_of_timm(folder: pathlib.Path) -> bool:
 
 
 def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the safetensors files of the model at a path.
+  """Returns the paths of the safetensors files that belong to the model at a path.
 
   Raises:
     ValueError: the folder has an index file, but this file does not list the weights files.

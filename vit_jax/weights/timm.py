@@ -226,7 +226,7 @@ def save_timm(
   All arguments except `folder` are attributes of `Pretrained`.
 
   Raises:
-    ValueError: neither class of timm can hold the model.
+    ValueError: neither timm's `VisionTransformer` nor timm's `Eva` can hold the model.
   """
   architecture, own = timm_names.arguments_for(model)
   if model.num_registers and model.position != 'rope_unit':

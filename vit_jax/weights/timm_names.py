@@ -257,10 +257,10 @@ def mlp_ratio(model: ViT, factor: int = 1) -> float:
 
 
 def arguments_for(model: ViT) -> tuple[str, dict]:
-  """Returns an architecture name for a model, and the arguments that depend on timm's class.
+  """Returns an architecture name for a model, and arguments for the timm class of that name.
 
   Raises:
-    ValueError: neither class of timm can hold the model.
+    ValueError: neither timm's `VisionTransformer` nor timm's `Eva` can hold the model.
   """
   needs_eva = model.position in ('learned_rope', 'rope_unit') or model.key_bias is False
   return (eva_arguments if needs_eva else vit_arguments)(model)
