@@ -127,7 +127,7 @@ def copies(
 
   Args:
     pool: threads that read the files.
-    paths: files of each split, by name of the split.
+    paths: `{split: paths of the files in the split}`.
     sizes: size of each file in bytes.
   """
   present = collections.defaultdict(set)  # {size: splits with a file of this size}

@@ -18,8 +18,8 @@ Decisions:
     step can overwrite the state while orbax writes.
   * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
     is made.
-  * Checkpoints do not record the devices that held an array, because orbax would then need a
-    description of the new layout to restore the array on other devices.
+  * If a checkpoint recorded the devices that held an array, orbax would need a description of the
+    new layout to restore the array on other devices. So checkpoints record no devices.
   * The checksums are written before orbax gives a checkpoint its final name (in a bucket, before
     it writes `commit_success.txt`), so a checkpoint with a final name is complete. Orbax deletes an
     older checkpoint only afterwards, so a run never loses its last complete checkpoint.

@@ -121,7 +121,7 @@ def be_silent() -> None:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-  """Returns whether to print a log record: False for an error that orbax also raises."""
+  """Returns whether to print a log record: False if orbax also raises it as an error."""
   error = record.exc_info and record.exc_info[1]
   return not error or (record.name != 'absl' and 'orbax-checkpoint-tmp' not in str(error))
 

@@ -229,8 +229,8 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
 
   Args:
     workdir: folder of a training run.
-    step: `best` (by validation accuracy), `last`, or a number. Empty: the best if a checkpoint has
-      a validation accuracy, otherwise the last.
+    step: `best` (by validation accuracy), `last`, a number, or empty. An empty text stands for the
+      best checkpoint if any checkpoint has a validation accuracy, otherwise for the last one.
 
   Raises:
     ValueError: the workdir has no such checkpoint.

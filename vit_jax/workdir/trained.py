@@ -63,8 +63,8 @@ class TrainingFiles:
   Attributes:
     own_N: hashes of the run's own training files, computed from the name or the content of a file.
     inherited_N: hashes of the files that earlier runs trained the `init` weights on.
-    shared_N: hashes of names that a training file and a held-out file have in common. Files with
-      these names are compared by content.
+    shared_N: hashes of names that both a training file and a held-out file have. Files with these
+      names are compared by content.
     own_splits: `(data.source, split)` pairs that the run itself is trained on.
     inherited_splits: `(data.source, split)` pairs that the `init` weights were trained on.
   """
@@ -113,7 +113,7 @@ class TrainingFiles:
     Returns None if the run trained on an image folder, but did not record the files.
 
     Args:
-      saved: the item `config` of the checkpoint, with its item `names` as the key `names`.
+      saved: the item `config` of the checkpoint, plus a key `names` with the item `names`.
     """
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
