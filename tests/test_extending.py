@@ -93,7 +93,7 @@ def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
   fields = {'model.pool': 'mine', 'model.num_registers': '1', 'optimizer.layer_decay': '0.9'}
   loaded, report = check_every_mode(tmp_path, **fields)
   assert loaded.model.has_class and 'mine' in last_layer()
-  assert 'What my weighted tokens attend to, by block and head.' in report
+  assert 'What my weighted tokens attend to, for each block and head.' in report
   with pytest.raises(ValueError, match='npz cannot hold this model'):
     exporting.export(tmp_path / 'run', 'npz', tmp_path / 'npz')
 

@@ -224,8 +224,9 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   if differences:
     raise ValueError(
       f'{workdir} holds a run with a different config:\n' + '\n'.join(differences) + '\nGive the '
-      'same values, or a new --workdir. Keys that may change: ' + ', '.join(may_change) + '. '
-      'For a finished run, epochs may also be raised.'
+      'values of the workdir, or a new --workdir. These keys can always be changed: '
+      + ', '.join(may_change)
+      + '. For a finished run, you can also raise epochs.'
     )
 
 
@@ -261,7 +262,7 @@ def naming_imports(saved: Mapping) -> Iterator[None]:
     saved: contents of a checkpoint's item `config`; its list `imports` names the modules.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
-  message = f'The run was trained with --import={missing}, which was not given now. Add this flag.'
+  message = f'The run was trained with --import={missing}. Add this flag to the command.'
   try:
     yield
   except ValueError as error:

@@ -162,9 +162,9 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
   count, classes = found.fields['num_classes'], source.class_names
   if source.multi_label:
     raise ValueError(
-      f'{name} cannot teach images with several labels, because teacher and student are compared '
-      f'after a softmax. Use data with one label per image instead of data.source={data}, or '
-      'train without a teacher.'
+      f'{name} cannot be used for images with several labels, because teacher and student are '
+      f'compared after a softmax. Use data with one label per image instead of '
+      f'data.source={data}, or train without a teacher.'
     )
   if count is None:
     raise ValueError(

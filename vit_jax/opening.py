@@ -118,10 +118,9 @@ def from_config(
   data = config.data
   if seen is None:
     raise ValueError(
-      f'data.source={data.source}: this run cannot be resumed. It was started by version 0.1.0, '
-      'which held out different files and read the files in a different order. The weights of this '
-      'run can still be used: start a new run with --config.init=<workdir of this run> and a new '
-      '--workdir.'
+      f'data.source={data.source}: this run of version 0.1.0 cannot be resumed, because version '
+      '0.1.0 held out different files and read the files in a different order. To use its weights, '
+      'start a new run with --config.init=<workdir of this run> and a new --workdir.'
     )
   size = image_size(config)
   task = Task(source.class_names, size, source.channels, 0, source.fingerprint, source.multi_label)

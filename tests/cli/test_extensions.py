@@ -90,7 +90,7 @@ def test_a_checkpoint_names_its_missing_import(capsys, tmp_path, monkeypatch):
     trainer.train(small_config(**{'epochs': '0.1', 'model.pool': 'mine'}), workdir)
     assert resume.newest_config(workdir)['imports'] == ['my_pool']
   capsys.readouterr()
-  message = 'was trained with --import=my_pool, which was not given now'
+  message = 'was trained with --import=my_pool. Add this flag'
   for argv in ([], ['--mode=eval'], ['--mode=inspect']):
     err = error(capsys, f'--workdir={workdir}', *argv)
     assert message in err and "unknown 'mine'" in err

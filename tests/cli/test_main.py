@@ -161,7 +161,7 @@ def test_a_rejected_export_creates_no_folder(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('given, message', [
-  (PermissionError(13, 'Permission denied', 'runs/x'), 'runs/x: Permission denied. Change the'),
+  (PermissionError(13, 'Permission denied', 'runs/x'), 'runs/x: Permission denied. Give this user'),
   (ValueError('Invalid value "two" for JAX flag jax_num_cpu_devices'), 'JAX_NUM_CPU_DEVICES=two '),
 ])  # fmt: skip
 def test_an_error_names_the_remedy(capsys, monkeypatch, given, message):

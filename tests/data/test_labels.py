@@ -203,8 +203,8 @@ def test_repeated_rows_count_once(tmp_path):
   found = opened(tmp_path, table([*SEVERAL, *again]))
   assert sum(found.sizes.values()) == len(NAMES)
   assert found.warnings[0] == (
-    f'{tmp_path}/labels.csv: 3 repeated rows count once: photos/01.jpg (line 42), photos/02.jpg '
-    f'(line 43), {tmp_path}/photos/03.jpg (line 44).'
+    f'{tmp_path}/labels.csv: ignored 3 rows that repeat an earlier row: photos/01.jpg (line 42), '
+    f'photos/02.jpg (line 43), {tmp_path}/photos/03.jpg (line 44).'
   )
 
 
@@ -242,10 +242,10 @@ def edit(old, new):
     (table([(*row, '') for row in SINGLE], SPLIT), "line 2: column 'split': unknown ''"),
     (table([(*row, 'test') for row in SINGLE], SPLIT), "has no 'train'"),
     (table([(p, c, 'train' if c == 'a' else 'test') for p, c in SINGLE], SPLIT),
-     'no training images for class b. Add images, or remove the class.$'),
+     'no training images for class b. List more images of this class, or remove it.$'),
     (table([*SINGLE[:24], (NAMES[24], 'rare')]),
-     'no training images for class rare.*A hash of the path'),
-    (table(SINGLE[1:3]), 'no test images. A hash.*Or list more images'),
+     'no training images for class rare, because a hash of the path'),
+    (table(SINGLE[1:3]), 'no test images, because a hash.*or list more images'),
 ])  # fmt: skip
 def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
   touch(tmp_path)

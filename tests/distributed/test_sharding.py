@@ -102,13 +102,13 @@ def test_the_log_reports_when_a_batch_could_use_more_devices(monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, shape, message', [
-    ((30, 4), {}, 'batch_size=30 must be a positive multiple of 4 = 4 micro-batches.'),
-    ((36, 4, 2), {}, 'batch_size=36 must be a positive multiple of 8 = '
-     '4 micro-batches x 2 (images are mixed in pairs).'),
+    ((30, 4), {}, 'batch_size=30 must be a positive multiple of 4 (4 micro-batches).'),
+    ((36, 4, 2), {}, 'batch_size=36 must be a positive multiple of 8 '
+     '(4 micro-batches x 2, because images are mixed in pairs).'),
     ((6, 2), {'data': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 4.'),
-    ((12, 2, 2), {'data': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 8 = '
-     '2 devices x 2 micro-batches x 2 (images are mixed in pairs).'),
-    ((10, 1, 2), {'data': 2}, 'multiple of 4 = 2 devices x 2 (images are mixed in pairs).'),
+    ((12, 2, 2), {'data': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 8 '
+     '(2 devices x 2 micro-batches x 2, because images are mixed in pairs).'),
+    ((10, 1, 2), {'data': 2}, 'multiple of 4 (2 devices x 2, because images are mixed in pairs).'),
     ((6, 2), {'fsdp': 2}, 'does not divide over 2 devices. Make batch_size a multiple of 4.'),
 ])  # fmt: skip
 def test_an_indivisible_batch_error_names_the_multiple(arguments, shape, message):

@@ -428,7 +428,7 @@ def test_python_calls_take_numbers_and_refuse_two_models(calibrated):
   result = evaluation.evaluate(workdir, {'eval_batch_size': 8, 'data.mean': 0.5}, step=32)
   assert result['step'] == 32
   for folder, init in ((workdir, workdir), (None, '')):
-    with pytest.raises(ValueError, match='give one of the two'):
+    with pytest.raises(ValueError, match='set exactly one of them'):
       prediction.predict(folder, files, init=init)
 
 

@@ -81,7 +81,11 @@ def test_other_devices_may_differ_by_rounding_only(then, change, same):
   found = replay.judged((1, 5), ended, wanted, then, {'kind': 'cpu', 'data': 4})
   assert found.same == same
   assert ('data=2; now kind=cpu, data=4' if then else 'not record') in found.text
-  assert ('agree within 0.0001' if same else 'params/w: largest difference 10') in found.text
+  assert (
+    'difference from the saved arrays is at most 0.0001'
+    if same
+    else 'params/w: largest difference 10'
+  ) in found.text
 
 
 def test_a_number_that_is_not_finite_is_never_the_same():

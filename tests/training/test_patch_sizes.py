@@ -137,9 +137,9 @@ def test_logged_flops_are_those_of_the_drawn_sizes(flexible):
 
 
 @pytest.mark.parametrize('overrides, message', [
-    ({'patch_sizes': '2,2'}, 'different positive integers'),
-    ({'patch_sizes': '2,0'}, 'different positive integers'),
-    ({'patch_sizes': '2.5'}, 'different positive integers'),
+    ({'patch_sizes': '2,2'}, 'expected positive integers .*, each only once'),
+    ({'patch_sizes': '2,0'}, 'expected positive integers .*, each only once'),
+    ({'patch_sizes': '2.5'}, 'expected positive integers .*, each only once'),
     ({'patch_sizes': '2,3'}, 'images of 8x8 pixels do not divide into patches of 3x3'),
     ({'patch_sizes': '8', 'progressive.sizes': '4', 'progressive.until': '0.5'}, 'images of 4x4'),
     ({'patch_sizes': '2', 'freeze': 'backbone'}, 'cannot be combined with freeze=backbone'),

@@ -302,7 +302,7 @@ def test_modes_for_one_label_refuse_or_skip(run, pairs, capsys, tmp_path):
   assert code == 2 and 'one label per image' in message and 'linear_probe' in message
   for key, part in (
     ('classifier=ridge', 'one label per image'),
-    ('distill.teacher', 'cannot teach'),
+    ('distill.teacher', 'cannot be used for images with several labels'),
   ):
     name, _, value = key.partition('=')
     changed = {name: value or str(workdir)}

@@ -225,7 +225,7 @@ def test_damaged_and_unsupported_towers_are_refused(name, tmp_path):
 
 def test_towers_that_hugging_face_cannot_hold_are_refused(tmp_path):
   for name, grid, fields, message in (
-    ('hf_clip', (2, 4), {}, '14x28 pixels.*only squares can be written'),
+    ('hf_clip', (2, 4), {}, '14x28 pixels.*both must be square'),
     ('hf_clip', (4, 4), dict(qk_norm=True), 'model.qk_norm=True'),
     ('hf_siglip', (4, 4), dict(pool='gap'), "model.pool='gap': only 'map', 'none'"),
   ):

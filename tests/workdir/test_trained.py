@@ -246,5 +246,5 @@ def test_run_of_version_0_1_0_can_be_evaluated_but_not_resumed(run, tmp_path, ca
   with caplog.at_level(logging.WARNING):
     assert 'left_out' not in exact.evaluate(workdir, {})
   assert 'did not store the names of the training files' in caplog.text
-  with pytest.raises(ValueError, match='cannot be resumed. It was started by version 0.1.0'):
+  with pytest.raises(ValueError, match='this run of version 0.1.0 cannot be resumed'):
     trainer.train(config_of(run[0]), workdir)

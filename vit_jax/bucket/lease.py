@@ -161,7 +161,7 @@ class Lease:
     if self._lost:
       raise Lost(
         f'{self._folder}: another run has taken over the lock of this workdir, because this run '
-        f'did not renew it for {EXPIRES:.0f} seconds. This run stops and writes nothing more.'
+        f'did not renew the lock for {EXPIRES:.0f} seconds. This run stops and writes nothing more.'
       )
 
   def _take(self):

@@ -37,7 +37,10 @@ def load_file(spec: str) -> ConfigDict:
   if not callable(get_config):
     raise ValueError(f'--config: {path} defines no function get_config().')
   if variant and not inspect.signature(get_config).parameters:
-    raise ValueError(f'--config: {path} has no variants, got {variant!r}. Give only the path.')
+    raise ValueError(
+      f'--config: get_config() of {path} takes no argument, got {variant!r} after the colon. Give '
+      'only the path.'
+    )
   with located(path), neighbours(path):
     config = get_config(variant) if variant else get_config()
   if not isinstance(config, ConfigDict):

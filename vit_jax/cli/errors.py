@@ -20,8 +20,8 @@ def describe(error: Exception) -> str:
   """Returns the message of an error; adds a remedy to some messages of Python, JAX and gcsfs."""
   if isinstance(error, OSError) and error.filename and error.errno in (errno.EACCES, errno.EPERM):
     return (
-      f'{error.filename}: {error.strerror}. Change the permissions so that this user may use it, '
-      'or give another path.'
+      f'{error.filename}: {error.strerror}. Give this user the permissions to use this '
+      'path, or choose another path.'
     )
   if is_from_bucket(error):
     return f'A request to a bucket failed: {why_refused(error)} Repeat the command later.'

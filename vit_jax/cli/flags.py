@@ -81,8 +81,8 @@ MAX_PATCHES = Flag(
 OUT = Flag('out', 'output folder', pathlib.Path)
 CLASSES = Flag(
   'classes',
-  'for CLIP or SigLIP weights in --init: npz file with the classes as text embeddings; its arrays '
-  'are names, embeddings, logit_scale and, for SigLIP, logit_bias',
+  'for CLIP or SigLIP weights in --init: npz file with a text embedding of each class; it has the '
+  'arrays names, embeddings, logit_scale and, for SigLIP, logit_bias',
   pathlib.Path,
 )
 WEIGHTS = (WORKDIR, INIT, STEP, CONFIG)  # flags that choose the model, see `request_of`

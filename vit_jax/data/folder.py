@@ -159,9 +159,9 @@ def check_classes(
     )
   if absent := without(class_names, files['train']):
     raise ValueError(
-      f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
-      f'file name selects about {HELD_OUT:.0%} of all files. Add images, or divide them into '
-      'train/ and test/.'
+      f'{root}: all images of class {abridged(absent)} are held out for testing, because a hash '
+      f'of the file name selects about {HELD_OUT:.0%} of all files. Add images, or divide them '
+      'into train/ and test/.'
     )
   if not len(files['test']):
     raise ValueError(
@@ -180,7 +180,7 @@ def warnings(
   """Yields warnings: classes without test images, unused files and folders, renamed splits."""
   if absent := without(class_names, files['test']):
     yield (
-      f'{root}: no test images for class {abridged(absent)}. The test does not cover every class.'
+      f'{root}: no test images for class {abridged(absent)}, so the test covers only other classes.'
     )
   yield from not_used(root, passed_over)
   yield from passed_folders(root, files['train'].top)

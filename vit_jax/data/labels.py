@@ -68,7 +68,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   check_splits(file, class_names, files)
   if absent := without(class_names, files['test']):
     warnings.append(
-      f'{file}: no test images for class {abridged(absent)}. The test does not cover every class.'
+      f'{file}: no test images for class {abridged(absent)}, so the test covers only other classes.'
     )
   return Folder(class_names, files, tuple(warnings))
 
@@ -149,16 +149,16 @@ def check_splits(
   absent, reason = without(class_names, files['train']), ''
   if files['train'].span != (0.0, 1.0):
     reason = (
-      f' A hash of the path holds out about {HELD_OUT:.0%} of the images for testing. Add a column '
-      "'split' with the values train and test to choose the test images yourself."
+      f', because a hash of the path selects about {HELD_OUT:.0%} of the images for testing. To '
+      "choose the test images yourself, add a column 'split' with the values train and test"
     )
   if absent:
     raise ValueError(
-      f'{file}: no training images for class {abridged(absent)}. Add images, or remove the '
-      f'class.{reason}'
+      f'{file}: no training images for class {abridged(absent)}{reason}. List more images of this '
+      'class, or remove it.'
     )
   if not len(files['test']):
-    raise ValueError(f'{file}: no test images.{reason} Or list more images.')
+    raise ValueError(f'{file}: no test images{reason}, or list more images.')
 
 
 def merged(
@@ -194,7 +194,7 @@ def merged(
   if not repeated:
     return list(rows), []
   return list(known.values()), [
-    f'{file}: {len(repeated):,} repeated rows count once: {abridged(repeated)}.'
+    f'{file}: ignored {len(repeated):,} rows that repeat an earlier row: {abridged(repeated)}.'
   ]
 
 

@@ -96,8 +96,8 @@ def differs(
     return 'data.skip_bad_images replaces bad images with other images'
   if own := kept():
     return (
-      f'memory would keep all images at {own[0]}x{own[1]} pixels and augment them at this size, '
-      f'before the device enlarges them to {size[0]}x{size[1]}'
+      f'with data.cache=memory, images would be augmented at {own[0]}x{own[1]} pixels, and only '
+      f'then enlarged to {size[0]}x{size[1]} pixels'
     )
   return ''
 

@@ -16,8 +16,9 @@ def check_can_start() -> None:
     multiprocessing.spawn.get_preparation_data('worker')
   except RuntimeError as error:
     raise ValueError(
-      'data.workers starts processes that import the main script. Each of them would run the '
-      "script again. Put its code under `if __name__ == '__main__':`, or use data.workers=0."
+      'Worker processes (data.workers) import the main script, so each of them would run the whole '
+      "script again. Put the script's code under `if __name__ == '__main__':`, or use "
+      'data.workers=0.'
     ) from error
 
 

@@ -24,7 +24,7 @@ ALL_DATA = {'data': -1, 'fsdp': 1, 'tensor': 1}
 
 MIN_EXAMPLES = 32  # per CPU device; with fewer examples per device, a step gets slower
 
-PAIRS = '2 (images are mixed in pairs)'  # explains the factor `group` in messages
+PAIRS = '2, because images are mixed in pairs'  # explains the factor `group` in messages
 
 _one_per_core = False  # True if `start_up`, not the user, set the number of CPU devices
 
@@ -101,8 +101,8 @@ def make_mesh(
   batch_size = batch_size if given else len(devices)
   if batch_size < 1 or micro_batches < 1 or batch_size % (micro_batches * group):
     raise ValueError(
-      f'batch_size={batch_size} must be a positive multiple of {micro_batches * group} = '
-      f'{micro_batches} micro-batches' + (f' x {PAIRS}.' if group > 1 else '.')
+      f'batch_size={batch_size} must be a positive multiple of {micro_batches * group} '
+      f'({micro_batches} micro-batches' + (f' x {PAIRS}).' if group > 1 else ').')
     )
   rows = batch_size // micro_batches // group
   most = worth(len(devices), batch_size) if _one_per_core and given else len(devices)
@@ -121,7 +121,7 @@ def make_mesh(
       f'batch_size={batch_size} with micro_batches={micro_batches} does not divide over '
       f'{data * fsdp} devices. Make batch_size a multiple of '
       f'{micro_batches * data * fsdp * group}'
-      + (f' = {" x ".join([*factors, PAIRS])}.' if group > 1 else '.')
+      + (f' ({" x ".join([*factors, PAIRS])}).' if group > 1 else '.')
     )
   return mesh_of(fitting[0])
 

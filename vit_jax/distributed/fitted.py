@@ -82,7 +82,7 @@ class Fitted:
     if fit.compiled is None:
       raise OutOfMemory(
         f'The model does not fit into memory: with {fit.plan} micro-batches, it needs '
-        f'{gib(fit.size)} on each device, but may use {gib(budget)}. Lower data.image_size, '
+        f'{gib(fit.size)} on each device, but the limit is {gib(budget)}. Lower data.image_size, '
         'lower eval_batch_size (in evaluation), or set model.dtype=bfloat16.'
       )
     if fit.attempts > 1:

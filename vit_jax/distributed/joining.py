@@ -130,7 +130,8 @@ def check_alone() -> None:
     value = os.environ.get(name) or '1'
     if value != '1':
       raise ValueError(
-        f'{name}={value} in the environment, but JAX does not detect the other processes. Set '
+        f'{name}={value} in the environment announces other processes, but JAX does not detect '
+        'them. Set '
         f'--coordinator=<host>:<port>, --num_processes=<n> and --process_id=<0 to n-1>. {ALONE}'
       )
   if 'JOB_COMPLETION_INDEX' in os.environ:
@@ -162,7 +163,7 @@ def check_arguments(
   if not alone and process_id == 0 and (reason := why_not_free(int(found[1]))):
     raise ValueError(
       f'--coordinator={coordinator}: process 0 cannot listen on port {found[1]} of this machine '
-      f'({reason}). Use a different port, and the same one in all processes.'
+      f'({reason}). Set a different port in the commands of all processes.'
     )
 
 

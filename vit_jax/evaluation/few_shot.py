@@ -97,7 +97,9 @@ def draw_readable(
     label_N[bad] = -1
     checked = np.union1d(checked, unknown)
   if most < max(SHOTS):
-    log.warning('Using at most %d images per class, because a class has only %d.', most, fewest)
+    log.warning(
+      'Skipping tests with more than %d shots, because a class has only %d images.', most, fewest
+    )
   return drawn, needed
 
 

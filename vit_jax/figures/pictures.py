@@ -117,9 +117,9 @@ def picture_reliability(subject: Subject) -> tuple[Figure, str]:
   bins = reliability(scores.confidence_N, scores.correct_N)
   before = reliability(scores.raw_N, scores.correct_N) if fitted else None
   text = (
-    'Accuracy of the test images by the probability of their predicted class. If the probabilities '
-    'can be trusted, the bars end at the dashed line. The expected calibration error is '
-    f'{found["ece"]:.2%}'
+    'Accuracy on the test images, grouped by the probability of the predicted class. If the '
+    'probabilities can be trusted, the bars end at the dashed line. The expected calibration error '
+    f'is {found["ece"]:.2%}'
   )
   if fitted:
     text += (
@@ -227,9 +227,9 @@ def picture_positions(subject: Subject) -> tuple[Figure, str]:
   position_hwD = maps.position_embeddings(exp.model, params, grid(exp))
   figure = draw.draw_position_similarity(maps.position_similarity(position_hwD))
   return figure, (
-    'Each small map belongs to one patch. It shows the cosine similarity of its '
-    f'{POSITIONS[exp.model.position].caption} to the embedding of every patch. All patches are '
-    'arranged as in the image (Figure 7 of the paper, centre).'
+    'Each small map belongs to one patch. The map shows how similar the '
+    f'{POSITIONS[exp.model.position].caption} of this patch is to the embedding of every patch '
+    '(cosine similarity). Maps are arranged as in the image (Figure 7 of the paper, centre).'
   )
 
 
@@ -259,7 +259,7 @@ def picture_heads(subject: Subject) -> tuple[Figure, str]:
   map_RKhw = attention.heads[0]
   rows = [f'block {i}' for i in range(1, exp.model.depth + 1)] + ['pool']
   return draw.draw_head_attention(shown[0], map_RKhw, rows[: len(map_RKhw)]), (
-    f'What {POOLS[exp.model.pool].caption}, by block and head. Each map is scaled by its own '
+    f'What {POOLS[exp.model.pool].caption}, for each block and head. Each map is scaled by its own '
     'largest value.'
   )
 

@@ -227,7 +227,7 @@ def as_text(summary: Summary) -> str:
     *teacher_text(summary),
     f'State on each device: {held}.',
     f'Activations: {total.activations_mib:.4g} MiB per image. On this machine, each of '
-    f'{summary.devices} device(s) holds {summary.at_once} images at a time: '
+    f'{summary.devices} device(s) holds the activations of {summary.at_once} images at a time: '
     f'{mib(summary.activation_bytes)}.',
     'State and activations on each device: '
     f'{mib(sum(summary.state_bytes.values()) + summary.activation_bytes)}.',
@@ -246,7 +246,7 @@ def teacher_text(summary: Summary) -> list[str]:
   if teacher is None:
     return ['Teacher: not included in these numbers.']
   if part is None:
-    return ['Teacher: its logits are computed once, because images are not changed at random.']
+    return ['Teacher: its logits are computed once per image, because images are not augmented.']
   return [
     f'Teacher: {name_of(teacher.model)} with {part.parameters:,} parameters. A training step '
     f'includes its forward pass, {part.gflops:.4g} GFLOPs per image.'

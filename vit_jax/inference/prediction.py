@@ -60,8 +60,8 @@ def predict(
   """
   if (workdir is None) == (not init):
     raise ValueError(
-      f'got workdir={workdir!r} and init={str(init)!r}: give one of the two. '
-      'workdir is the folder of a run; init names published weights, and needs workdir=None.'
+      f'got workdir={workdir!r} and init={str(init)!r}: set exactly one of them, and the other to '
+      'None. workdir is the folder of a run; init is a file, a folder or a Hugging Face Hub name.'
     )
   start_up()
   request = Request(

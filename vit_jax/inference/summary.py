@@ -39,7 +39,10 @@ def summary_of(request: Request) -> Summary:
       exp, _ = opening.from_init(init, request.overrides)
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-    notes, cycles = ('Training numbers assume the default config and your --config.<key>.',), ()
+    notes, cycles = (
+      ('Training numbers assume the default config and your --config.<key> flags.',),
+      (),
+    )
     if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)

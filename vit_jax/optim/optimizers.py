@@ -157,7 +157,8 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
         return decay ** (depth + 1)
       kind, _, i = name.rpartition('_')
       assert kind == 'block', (
-        f'The layer of parameter {name} is unknown: list it in the params of its Pool or Position.'
+        f'The layer of parameter {name} is unknown. List the name in the params of the Pool or '
+        'Position that creates the parameter.'
       )
       return decay ** (depth - int(i))
 

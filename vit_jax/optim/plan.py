@@ -205,7 +205,7 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
     return
   name = f'patch_sizes={tuple(sizes)}'
   if len(set(sizes)) < len(sizes) or not all(type(size) is int and size > 0 for size in sizes):
-    raise ValueError(f'{name}: expected different positive integers (pixels).')
+    raise ValueError(f'{name}: expected positive integers (pixels), each only once.')
   for size, (_, image) in itertools.product(sizes, image_stages(config, 0)):
     if any(n % size for n in image):
       raise ValueError(

@@ -208,10 +208,10 @@ def check_scale(arrays: Mapping[str, np.ndarray], origin: str) -> float:
   hint = ''
   if 0 < value < SMALLEST:
     hint = (
-      f' The value looks like the logarithm, which checkpoints store: write the exponential, '
-      f'{np.exp(value):.6g}.'
+      ' The value looks like the logarithm of this factor, which checkpoints store. Write the '
+      f'exponential of the value instead: {np.exp(value):.6g}.'
     )
   raise ValueError(
-    f'{origin}: logit_scale={value:.6g}: expected the factor of the cosine similarity, from '
-    f'{SMALLEST:g} to {LARGEST:g}.{hint}'
+    f'{origin}: logit_scale={value:.6g}: expected the factor by which the cosine similarity is '
+    f'multiplied, from {SMALLEST:g} to {LARGEST:g}.{hint}'
   )

@@ -188,9 +188,15 @@ def judged(
       'The run did not record its devices'
     )  # fmt: skip
     if worst <= ROUNDING:
-      text = f'{why}, so rounding differs: {span} gave arrays that agree within {worst:.2g}.'
+      text = (
+        f'{why}, so rounding can differ. Repeating {span} gave arrays whose relative difference '
+        f'from the saved arrays is at most {worst:.2g}.'
+      )
       return Verdict(steps, True, text)
-    head = f'{why}, but {span} gave arrays that differ by more than rounding ({ROUNDING:g}):'
+    head = (
+      f'{why}. Repeating {span} gave arrays that differ from the saved arrays by more than '
+      f'rounding can explain (relative difference above {ROUNDING:g}):'
+    )
   else:
     head = (
       f'Repeating {span} gave other numbers in {len(changed)} of {len(found)} arrays. Either '

@@ -166,7 +166,9 @@ def sweep(
         score = None
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after the last step of this head's run
-        raise Preempted(f'The sweep was asked to stop: learning rate {rate:g} is finished.')
+        raise Preempted(
+          f'The sweep was asked to stop: the run with learning rate {rate:g} is finished.'
+        )
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'

@@ -129,13 +129,14 @@ def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path)
   if start < then:
     raise ValueError(
       f'{workdir} is at step {start} of {then}: epochs={saved.epochs:g} cannot become '
-      f'{config.epochs:g} before the run is finished. The learning rate of each step depends on '
-      f'the epochs. Resume with --config.epochs={saved.epochs:g}. More epochs are possible when '
+      f'{config.epochs:g} before the run is finished, because the learning rate of each step '
+      f'depends on epochs. Resume with --config.epochs={saved.epochs:g}. You can raise epochs when '
       'the run is finished.'
     )
   if now < start:
     raise ValueError(
-      f'{workdir} is already at step {start}, but epochs={config.epochs:g} ends at step {now}. '
+      f'{workdir} is already at step {start}, but a run with epochs={config.epochs:g} ends at step '
+      f'{now}. '
       f'Set epochs to more than {saved.epochs:g}, or use another --workdir.'
     )
   return (*cycles, then) if then else ()

@@ -166,7 +166,7 @@ def save_hf(
   if kind.square and (size[0] != size[1] or patch[0] != patch[1]):
     raise ValueError(
       f'The format hf ({name}) cannot hold this model:\n  images of {size[0]}x{size[1]} pixels, '
-      f'patches of {patch[0]}x{patch[1]}: only squares can be written'
+      f'patches of {patch[0]}x{patch[1]}: both must be square'
     )
   prefixed = bool(top.rows) or not kind.bare
   arrays = write_params(hf_table(kind, model.mlp, top, model.depth, prefixed), params)

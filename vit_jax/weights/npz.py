@@ -147,8 +147,8 @@ def read_npz(path: pathlib.Path) -> Weights:
   prefix = next((p for p in PREFIXES if f'{p}embedding/kernel' in arrays), None)
   if prefix is None:
     raise ValueError(
-      f'{path}: not a ViT of the paper or of big_vision. Expected an array embedding/kernel, found '
-      f'{len(arrays)} other arrays, such as {", ".join(sorted(arrays)[:5])}.'
+      f'{path}: not a ViT of the paper or of big_vision, because the array embedding/kernel is '
+      f'missing. The file has {len(arrays)} other arrays, such as {", ".join(sorted(arrays)[:5])}.'
     )
   inside = {name.removeprefix(prefix) for name in arrays if name.startswith(prefix)}
   get = lambda name: arrays[prefix + name]

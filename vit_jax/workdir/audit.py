@@ -61,7 +61,7 @@ def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str
   paths = {split: paths_of(source, split) for split in splits}
   if sum(map(len, paths.values())) > MOST_FILES:
     yield (
-      f'{source.spec}: more than {MOST_FILES:,} files, so copies across splits were not searched.'
+      f'{source.spec}: more than {MOST_FILES:,} files, so splits were not searched for copies.'
     )
     return
   with (
@@ -137,8 +137,8 @@ def copies(
   doubtful = [path for path, size in sizes.items() if size and len(present[size]) > 1]
   if sum(sizes[path] for path in doubtful) > MOST_BYTES:
     yield (
-      f'{len(doubtful):,} files of different splits have equal sizes. They fill more than '
-      f'{MOST_BYTES >> 20} MiB, so copies across splits were not searched.'
+      f'{len(doubtful):,} files have the same size as a file of another split and could be copies. '
+      f'They were not compared, because together they have more than {MOST_BYTES >> 20} MiB.'
     )
     return
   digests = dict(zip(doubtful, pool.map(digest_of, doubtful)))
