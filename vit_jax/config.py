@@ -183,7 +183,7 @@ def from_dict(saved: Mapping) -> ConfigDict:
   if unknown:
     raise ValueError(
       f'The saved config has keys that this version lacks: {", ".join(unknown)}. Use the version '
-      'of vit_jax that saved it, or --import the module that adds these keys.'
+      'of vit_jax that saved the config, or --import the module that adds these keys.'
     )
   try:
     for key, value in values.items():

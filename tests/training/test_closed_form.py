@@ -49,7 +49,10 @@ def test_fewshot_leaves_a_workdir_with_the_scores_of_scikit_learn(
   out = tmp_path / 'few'
   command = ['--mode=fewshot', f'--workdir={trained[0]}', f'--classifier={classifier}']
   code, printed, _ = call(capsys, *command, f'--out={out}')
-  assert not code and f'({classifier}) computed from all training images is in {out}/' in printed
+  assert (
+    not code
+    and f'({classifier}), which was computed from all training images, is in {out}/' in printed
+  )
 
   exp, params, step = opening.from_workdir(out)
   train_ND, label_N = features_of(exp, params, 'train')

@@ -277,7 +277,7 @@ def test_thresholds_for_other_classes_are_not_used(run, tmp_path, caplog):
   entry['thresholds'] = entry['thresholds'][:3]
   (workdir / 'calibration.json').write_text(json.dumps({step: entry}))
   assert opening.open_model(Request(workdir, step=step))[0].calibration.thresholds is None
-  assert f'step {step} has 3 thresholds for 10 classes and is not used' in caplog.text
+  assert f'step {step} has 3 thresholds for 10 classes, so it is not used' in caplog.text
 
 
 def test_weights_of_such_a_run_keep_its_task(run, pairs):

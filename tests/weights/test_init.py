@@ -285,7 +285,7 @@ def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
 @pytest.mark.parametrize('argv, message', [
     (['--mode=profile', '--init=w'], '--init is for eval, fewshot, predict, visualize, export'),
     (['--mode=train', '--init=w'], 'use --config.init'),
-    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], '--init excludes'),
+    (['--mode=predict', '--init=w', '--images=a.png', '--workdir=run'], '--init cannot be'),
     (['--mode=predict', '--init=absent.npz', '--images=.'], 'no such file or folder'),
     (['--mode=predict', f'--init={DATA}/hf_backbone', '--images=.'], 'has no head'),
     (['--mode=predict', '--init=w', '--images=.', '--config.model.width=8'], 'model.width: 8 in'),
@@ -295,7 +295,7 @@ def test_token_features_are_the_input_of_the_pooling(tmp_path, name):
     (['--mode=export', '--init=w', '--format=hf'], 'and --out'),
     (['--mode=export', '--init=w', '--format=onx', '--out=out'], "format: unknown 'onx'"),
     (['--mode=export', '--init=w', '--format=hf', '--out=a.png'], 'is a file'),
-    (['--mode=export', '--init=w', '--workdir=run', *WRITE], '--init excludes --workdir'),
+    (['--mode=export', '--init=w', '--workdir=run', *WRITE], '--init cannot be combined with'),
     (['--mode=export', '--workdir=nowhere', *WRITE], 'no such file or folder'),
     (['--mode=export', '--init=w', *WRITE, '--config.seed=1'], "config key: unknown 'seed'"),
 ])  # fmt: skip

@@ -19,8 +19,8 @@ def why_refused(error: Exception) -> str:
     )
   if text.startswith('Forbidden') or code == 403:
     return (
-      'access is forbidden. Give this account the role Storage Object User, because it must read, '
-      'write, list and delete objects.'
+      'access is forbidden. Give this account the role Storage Object User, because the program '
+      'must read, write, list and delete objects.'
     )
   if isinstance(error, FileNotFoundError) or code == 404:
     return 'there is no such bucket. Check its name.'

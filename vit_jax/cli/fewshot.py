@@ -22,7 +22,7 @@ def leave_workdir(args) -> None:
   result = train(classifier_config(request_of(args), args.classifier), args.out)
   print(
     f'Test accuracy {result["test_accuracy"]:.2%} on {result["examples"]} examples; the classifier '
-    f'({args.classifier}) computed from all training images is in {args.out}/. '
+    f'({args.classifier}), which was computed from all training images, is in {args.out}/. '
     'Modes such as predict and serve can use it.'
   )
 

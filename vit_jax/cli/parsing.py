@@ -142,7 +142,9 @@ def check_flags(args: argparse.Namespace) -> None:
         f'--{flag.name} is for {", ".join(modes)}, not for --mode={args.mode}. {hint}'
       )
   if args.init and (args.workdir or args.config):
-    raise ValueError('--init excludes --workdir and --config. Remove --init or the other flags.')
+    raise ValueError(
+      '--init cannot be combined with --workdir or --config. Remove --init or the other flags.'
+    )
   if args.init and args.step:
     raise ValueError(
       '--step chooses a checkpoint of --workdir and cannot be used with --init. Remove --step, or '

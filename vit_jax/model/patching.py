@@ -204,7 +204,7 @@ class Packer:
     h, w, *patch = patch_hwpqC.shape
     missing = self.most - h * w
     if missing < 0:
-      raise ValueError(f'An image has {h * w} patches, but max_patches={self.most} is the maximum.')
+      raise ValueError(f'An image has {h * w} patches, more than max_patches={self.most} allows.')
     patch_NpqC = np.pad(patch_hwpqC.reshape(h * w, *patch), [(0, missing), *[(0, 0)] * len(patch)])
     return Padded(patch_NpqC, np.int32(h * w), self.positions((h, w)))
 

@@ -198,8 +198,8 @@ def check_trains_all(exp) -> None:
   if untrained:
     raise ValueError(
       f'objective=masked does not train the layers that these keys add after the blocks: '
-      f'{", ".join(untrained)}. Weight decay would shrink their weights. Set model.pool=gap, and '
-      'model.representation_size and model.projection to None.'
+      f'{", ".join(untrained)}. So weight decay would only shrink their weights. Set '
+      'model.pool=gap, and model.representation_size and model.projection to None.'
     )
   if p * q * exp.task.channels < 2:
     raise ValueError(

@@ -191,8 +191,8 @@ def arguments(origin: str, config: dict) -> dict:
   known = timm_names.arguments_of(name)
   if known is None and not {'embed_dim', 'depth', 'num_heads'} <= set(own):
     raise ValueError(
-      f'{origin}: unknown architecture {name!r}, and model_args does not give embed_dim, depth and '
-      'num_heads.'
+      f'{origin}: unknown architecture {name!r}. For an unknown architecture, model_args must give '
+      'embed_dim, depth and num_heads.'
     )
   given = (known or {}) | {
     key: config[key] for key in ('num_classes', 'global_pool') if key in config

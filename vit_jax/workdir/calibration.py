@@ -65,7 +65,7 @@ def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | N
       return fields
     wrong = f'has {len(thresholds)} thresholds for {classes} classes'
   log.warning(
-    '%s: the entry of step %d %s and is not used. Run --mode=eval to fit the calibration again.',
+    '%s: the entry of step %d %s, so it is not used. Run --mode=eval to fit the calibration again.',
     workdir / NAME,
     step,
     wrong,
