@@ -239,7 +239,7 @@ def test_features_are_stored_only_once_in_memory():
     (['--workdir=x'], 'set --config'),
     (['--config=configs/digit.py', '--workdir=x'], 'Did you mean configs/digits.py'),
     (['--config=configs/cifar10.py:tinny', '--workdir=x'], 'Did you mean tiny'),
-    (['--config=configs/digits.py:tiny', '--workdir=x'], 'no variants'),
+    (['--config=configs/digits.py:tiny', '--workdir=x'], 'takes no argument'),
     ([CONFIG, '--workdir=x', '--config.batchsize=3'], 'Did you mean batch_size'),
     ([CONFIG, '--workdir=x', '--config.variant=3'], 'Did you mean model.variant'),
     ([CONFIG, '--workdir=x', '--config.batch_size=many'], "'many', expected int"),

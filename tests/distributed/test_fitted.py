@@ -69,7 +69,7 @@ def test_a_model_that_does_not_fit_says_so(model):
   exp, params, images, mesh = model
   step = make_inference_step(limited(exp, 0.01), mesh, probabilities(exp))
   with pytest.raises(
-    OutOfMemory, match='micro-batches, it needs .* may use .* Lower data.image_size'
+    OutOfMemory, match='micro-batches, it needs .* the limit is .* Lower data.image_size'
   ):
     step(images, params)
 

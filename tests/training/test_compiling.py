@@ -122,7 +122,9 @@ def test_a_run_that_nothing_fits_says_what_to_lower(tmp_path, capsys):
   argv = ['--config=tests/small.py', f'--workdir={tmp_path}/cli', '--config.device_memory=1e-5']
   code, _, err = call(capsys, *argv)
   assert (
-    code == 2 and 'error: Training does not fit into memory' in err and 'may use 9e-06 GiB' in err
+    code == 2
+    and 'error: Training does not fit into memory' in err
+    and 'the limit is 9e-06 GiB' in err
   )
 
 

@@ -85,7 +85,9 @@ class Program:
     facts = {'class names': self.class_names, 'thresholds': self.calibration.thresholds}
     for name, values in facts.items():
       if values is not None and len(values) != count:
-        raise ValueError(f'{what}: got {len(values)} {name}, expected {count}: one for each class.')
+        raise ValueError(
+          f'{what}: got {len(values)} {name} for {count} classes. Give one for each class.'
+        )
 
   def check_images(self, what: str) -> None:
     """Raises ValueError if `image_NHWC` has no images for the model. `what` begins the message."""
