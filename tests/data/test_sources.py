@@ -194,7 +194,7 @@ def test_classes_without_test_images_are_named(tmp_path):
   touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(40)] + ['c/a0.jpg'])
   assert 'a/a0.jpg' in members(tmp_path, 'train')[0]
   source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
-  assert [w for w in source.warnings if 'no test images for class c.' in w]
+  assert [w for w in source.warnings if 'no test images for class c,' in w]
 
 
 def test_folder_without_held_out_images_is_refused(tmp_path):

@@ -217,7 +217,7 @@ def test_training_and_evaluation_hide_different_patches_and_evaluation_always_th
   ),
   ({'distill.teacher': 'runs/a'}, 'remove distill.teacher=runs/a'),
   ({'model.resnet': '1', 'model.patch_size': '4'}, 'the stem .model.resnet. would let'),
-  ({'model.pool': 'map'}, 'layers that these keys add after the blocks: model.pool=map. Weight'),
+  ({'model.pool': 'map'}, 'layers that these keys add after the blocks: model.pool=map. So weight'),
   ({'model.projection': '8'}, 'after the blocks: model.projection=8'),
   ({'objective': 'distilled'}, 'set distill.teacher'),
   ({'objective': 'mask'}, 'Did you mean masked'),
