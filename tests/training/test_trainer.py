@@ -481,7 +481,7 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
   for item in ('params', 'state'):
     assert_equal(*[stored.restore_item(path, 64, item) for path in (whole, killed)])
 
-  with pytest.raises(ValueError, match='already at step 64, but a run with epochs=1 ends at step 32'):
+  with pytest.raises(ValueError, match='step 64, but a run with epochs=1 ends at step 32'):
     trainer.train(small_config(), whole)
   finished, _, cycles = resume.begin(small_config(epochs='2.5'), whole)
   assert not finished and cycles == (32, 64)
@@ -674,7 +674,7 @@ def test_failed_evaluation_of_a_validated_run_loses_no_step(tmp_path, scored, mo
 def test_fewer_epochs_than_already_done_are_rejected(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')
   (workdir / 'result.json').unlink()
-  with pytest.raises(ValueError, match='already at step 32, but a run with epochs=0.5 ends at step 16'):
+  with pytest.raises(ValueError, match='step 32, but a run with epochs=0.5 ends at step 16'):
     trainer.train(small_config(epochs='0.5'), workdir)
 
 
