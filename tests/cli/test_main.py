@@ -28,6 +28,7 @@ from vit_jax.cli.parsing import parse_flags
 from vit_jax.data import image as image_lib
 from vit_jax.evaluation import exact, files, forward
 from vit_jax.inference import prediction
+from vit_jax.keys import KEYS
 from vit_jax.training import trainer
 from vit_jax.weights import reader
 
@@ -353,6 +354,14 @@ def test_config_overrides_without_a_value_are_rejected(capsys, argv, message):
 def test_an_int_key_rejects_fractions_and_infinity(text):
   with pytest.raises(ValueError, match='expected int'):
     config_lib.override(config_lib.default_config(), 'batch_size', text)
+
+
+def test_keys_that_decide_the_result_may_not_change_when_a_run_resumes():
+  parts = ('optimizer', 'schedule', 'augment', 'loss', 'distill', 'lora', 'masked', 'progressive')
+  fixed = {name for name in KEYS if name.partition('.')[0] in parts}
+  fixed |= {'seed', 'init', 'batch_size', 'ema', 'freeze', 'data.source', 'data.train_split'}
+  fixed |= {name for name in KEYS if name.startswith('model.')} - {'model.remat', 'model.attention'}
+  assert fixed <= KEYS.keys() and [name for name in fixed if KEYS[name].may_change] == []
 
 
 def test_memory_keys_may_change_when_a_run_resumes():

@@ -124,10 +124,19 @@ def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   assert vit_jax.evaluate(workdir) == first
 
 
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    {'data.image_size': '4'},
+    {'data.mean': '0.2'},
+    {'data.std': '0.3'},
+    {'model.dtype': 'bfloat16'},
+  ],
+)
 @pytest.mark.slow
-def test_a_temperature_for_other_images_is_not_kept(workdir):
+def test_a_temperature_for_other_images_is_not_kept(workdir, overrides):
   (workdir / 'calibration.json').unlink()
-  assert vit_jax.evaluate(workdir, {'data.image_size': '4'})['temperature_examples'] == 192
+  assert vit_jax.evaluate(workdir, overrides)['temperature_examples'] == 192
   assert not (workdir / 'calibration.json').exists()
   assert vit_jax.evaluate(workdir, {'eval_batch_size': '64'})['temperature_examples'] == 192
   assert (workdir / 'calibration.json').exists()

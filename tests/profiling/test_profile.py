@@ -87,6 +87,12 @@ def test_kinds_follow_from_the_compiled_program():
       'matrix products',
     ),
     (
+      'fusion(%a), kind=kLoop, calls=%inner, metadata={op_name="jit(train_step)/jvp(ViT)/'
+      'Encoder_0/block_3/attention/out/dot_general"}',
+      'block_*/attention/out/dot_general',
+      'matrix products',
+    ),
+    (
       'fusion(%a), kind=kLoop, calls=%inner, metadata={op_name="jit(train_step)/'
       'transpose(jvp(ViT))/Encoder_0/block_3/attention/BKEQ,BKNQ->BKEN/dot_general"}',
       'block_*/attention/BKEQ,BKNQ->BKEN/dot_general, backward',

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from tests.conftest import ROOT, small_config
 from vit_jax import experiment, storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
-from vit_jax.workdir import checkpoint, items, stored, trained, writer
+from vit_jax.workdir import checkpoint, digests, items, stored, trained, writer
 
 
 def test_three_documented_lines_restore_anywhere(trained, tmp_path):
@@ -258,6 +259,20 @@ def test_several_labels_are_rated_by_the_mean_average_precision(trained, tmp_pat
   scores = {'split': 'val', 'loss': 0.7, 'accuracy': 0.9, 'mean_average_precision': 0.4}
   (workdir / 'metrics.jsonl').write_text(json.dumps({'step': 16, **scores}))
   assert stored.accuracies(workdir) == {16: 0.4}
+
+
+def test_a_run_without_labels_is_rated_by_the_negative_loss(trained, tmp_path):
+  workdir = shutil.copytree(trained[0], tmp_path / 'run')
+  (workdir / 'metrics.jsonl').write_text(json.dumps({'step': 16, 'split': 'val', 'loss': 0.7}))
+  assert stored.accuracies(workdir) == {16: -0.7}
+
+
+@pytest.mark.parametrize('size', [0, 3, 4, 5, 11])
+def test_the_checksum_covers_the_whole_file(tmp_path, monkeypatch, size):
+  monkeypatch.setattr(digests, 'CHUNK', 4)
+  data = bytes(range(size))
+  (tmp_path / 'file').write_bytes(data)
+  assert digests.checksum(tmp_path / 'file') == [size, zlib.crc32(data)]
 
 
 def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
