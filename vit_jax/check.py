@@ -230,8 +230,8 @@ def check_distill(config: ConfigDict) -> None:
   if pool and pool.distills and joins:
     raise ValueError(
       f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
-      f'distillation token need their own heads, but {joins[0]} joins the tokens. Set '
-      f'{joins[0]} to None.'
+      f'distillation token need separate heads, but {joins[0]} adds a layer that uses both tokens '
+      f'together. Set {joins[0]} to None.'
     )
 
 

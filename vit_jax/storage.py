@@ -97,7 +97,7 @@ def guarded(folder: pathlib.Path, check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_allowed(path: pathlib.Path) -> None:
-  """Calls the check of each guarded folder that contains a path; a check can raise an error."""
+  """Calls the checks of all guarded folders that contain `path`; a check can raise an error."""
   for place in (path, *path.parents) if _guards else ():
     if check := _guards.get(str(place)):
       check()

@@ -113,7 +113,7 @@ class PatchEmbedding(Dense):
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
   def weights(self, inputs: tuple[int, ...]) -> jax.Array:
-    """Returns the kernel for patches of the shape `inputs`, `[p, q, C, D]`."""
+    """Returns the kernel `[p, q, C, D]` for patches whose shape `[p, q, C]` is `inputs`."""
     *size, channels = inputs
     kernel = super().weights((*(self.size or size), channels))
     return resize_embedding(kernel, tuple(size))

@@ -145,8 +145,8 @@ class TextClasses:
       params = params | {'projection': {'kernel': params['head']['kernel']}}
     if model.num_classes is not None:
       raise ValueError(
-        f'{self.origin}: the weights already have a head for {model.num_classes} classes. Use the '
-        'image tower of CLIP or SigLIP.'
+        f'{self.origin}: zero-shot classes need weights without a head, but these weights have a '
+        f'head for {model.num_classes} classes. Use the image tower of CLIP or SigLIP.'
       )
     image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     found = jax.eval_shape(model.apply, {'params': params}, image_BHWC).shape[-1]

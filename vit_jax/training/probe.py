@@ -73,7 +73,7 @@ def train_head(
 ) -> dict:
   """Trains the head in a locked workdir, and returns the content of `result.json`.
 
-  If the config sets `sweep`, a sweep first finds the best of these learning rates.
+  If the key `sweep` lists learning rates, a sweep first finds the best of them.
   """
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))

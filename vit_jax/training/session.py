@@ -75,7 +75,8 @@ def attempt(
   If memory runs out, the function returns an experiment that needs less memory, or raises the
   error of JAX. It raises the error if `retries` is False, if the run has several processes, or if
   the config allows no plan that needs less memory. After the function returns, nothing refers to
-  the arrays of the failed run, so their memory is free. The other arguments are as in `fit`.
+  the arrays of the failed run, so their memory is free. All arguments except `retries` are as in
+  `fit`.
   """
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (

@@ -131,7 +131,7 @@ def deit_fields(c: dict, origin: str) -> dict:
 
 
 def of_head(c: dict) -> dict:
-  """Returns the attribute `num_classes`, taken from a config; see `Top.fields`."""
+  """Reads the number of classes from a config of Hugging Face; returns `{'num_classes': ...}`."""
   return dict(num_classes=len(c.get('id2label') or ()) or c.get('num_labels', 2))
 
 
