@@ -98,6 +98,17 @@ def test_a_training_split_without_a_readable_image_is_reported(monkeypatch, pixe
   assert isinstance(found, Missing) and str(found) == 'none of the training images can be read.'
 
 
+def test_the_mistakes_are_those_of_the_images_that_were_read(monkeypatch, pixels_as_features):
+  """Images 0 and 2 of five could not be read, so row 1 of the scores belongs to image 3."""
+  exp, test = assemble(small_config(), Task(NAMES, (8, 8), 3)), make(5, 1)
+  monkeypatch.setattr(subject, 'load_split', lambda *_: test)
+  index_N = np.array([1, 3, 4])
+  predicted_N = (test.label_N[index_N] + [0, 1, 0]) % 3
+  scores = Scores(index_N, test.label_N[index_N], predicted_N, *[np.ones(3)] * 3)
+  found = subject.near_mistakes(exp, {}, test, scores, None)
+  np.testing.assert_array_equal(found.image_RKHWC[:, 0], test.image_NHWC[[3]])
+
+
 def test_missing_mistakes_or_training_data_are_reported(monkeypatch):
   exp = assemble(small_config(), Task(NAMES, (8, 8), 3))
   test = make(3, 1)
