@@ -204,7 +204,7 @@ def test_inspect_estimates_the_plan_for_a_memory_limit():
   exp.config.device_memory = 0.012
   found = cost.measure(exp, 64)
   assert found.at_once < free.at_once
-  assert f'micro_batches={found.exp.parts} with model.remat=none' in cost.as_text(found)
+  assert f'micro_batches={found.exp.parts} and model.remat=none' in cost.as_text(found)
   assert found.exp.saved()['plan'] == {
     'micro_batches': 64 // found.devices // found.at_once,
     'remat': 'none',
