@@ -120,12 +120,12 @@ def head_attention(
   """Returns an attention map of the patches for each head of one block: `map_BKhw`.
 
   The map is the mean attention of all tokens, weighted by their contributions to the pooled output.
-  For the pool `cls`, it is the attention of the class token. For `gap`, it is the mean attention of
-  the patches. Attention to tokens before the patches is left out.
+  For the pool `cls`, it is the class token's attention; for `gap`, the patches' mean attention.
 
   Args:
     attention_BKNN: attention of one block.
-    read_BN, grid: as in `rollout`.
+    read_BN: as in `rollout`.
+    grid: as in `rollout`.
   """
   return on_grid(jnp.einsum('BN,BKNM->BKM', read_BN, attention_BKNN), grid)
 
