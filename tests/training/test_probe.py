@@ -373,6 +373,39 @@ def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
   assert tried == [0.001] and not (tmp_path / 'sweep.json').exists()
 
 
+@pytest.mark.parametrize('images, warns', [(probe.FEW - 1, True), (probe.FEW, False)])
+def test_a_sweep_continues_after_a_rate_that_diverges(monkeypatch, tmp_path, caplog, images, warns):
+  def score_rate(exp, training, mesh, folder, rate, origin):
+    if rate == 0.001:
+      raise FloatingPointError('The loss of step 9 is nan')
+    return 0.5
+
+  monkeypatch.setattr(probe, 'score_rate', score_rate)
+  monkeypatch.setattr(probe, 'measured_on', lambda *_: {})
+  task = types.SimpleNamespace(multi_label=False)
+  exp = types.SimpleNamespace(config=small_config(**SWEPT), task=task)
+  points = probe.sweep(exp, types.SimpleNamespace(val=range(images)), None, tmp_path)
+  assert points == [{'lr': 0.001, 'val_accuracy': None}, {'lr': 0.1, 'val_accuracy': 0.5}]
+  assert 'Learning rate 0.001: The loss of step 9 is nan' in caplog.text
+  assert (f'compared on only {images} validation images' in caplog.text) == warns
+
+
+@pytest.mark.parametrize('scores, best', [((0.2, 0.7, 0.5), 1), ((None, 0.0, None), 1)])
+def test_the_last_run_uses_the_best_rate_that_did_not_diverge(monkeypatch, tmp_path, scores, best):
+  points = [{'lr': 10.0**i, 'val_accuracy': score} for i, score in enumerate(scores)]
+  exp, training = opening.from_config(small_config(**SWEPT | {'augment.flip.probability': '0.5'}))
+  replaced = {
+    'initial_params': lambda *_: {}, 'record': lambda *_: None, 'sweep': lambda *_: points,
+    'fit': lambda exp, training, mesh, workdir, **notes: notes | {'plan': training},
+  }  # fmt: skip
+  for name, function in replaced.items():
+    monkeypatch.setattr(probe, name, function)
+  result = probe.train_head(exp, training, None, tmp_path)
+  assert result['lr'] == 10.0**best and result['sweep'] == points
+  # The last of the 6 warm-up steps has the full rate.
+  assert float(result['plan'].schedule(5)) == pytest.approx(10.0**best)
+
+
 @pytest.mark.slow
 def test_a_sweep_is_repeated_until_its_last_run_has_begun(monkeypatch, tmp_path):
   exp, training = opening.from_config(small_config(**SWEPT))

@@ -85,7 +85,7 @@ def train_head(
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
-    best = max(points, key=lambda point: score_of(point) or 0.0)
+    best = max((point for point in points if score_of(point) is not None), key=score_of)
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
   return fit(exp, training, mesh, workdir, **notes)
