@@ -74,6 +74,26 @@ def test_variants_have_the_published_parameter_counts(variant, size, classes, co
   assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == count
 
 
+@pytest.mark.parametrize(
+  'variant, width, depth, heads, mlp_dim',
+  [
+    ('Ti', 192, 12, 3, 768),  # Touvron et al. 2020, 2012.12877, Table 1
+    ('S', 384, 12, 6, 1536),
+    ('B', 768, 12, 12, 3072),  # Dosovitskiy et al. 2020, 2010.11929, Table 1
+    ('L', 1024, 24, 16, 4096),
+    ('H', 1280, 32, 16, 5120),
+    ('g', 1408, 40, 16, 6144),  # Zhai et al. 2021, 2106.04560, Table 2
+    ('G', 1664, 48, 16, 8192),
+  ],
+)
+def test_variants_have_the_sizes_of_the_papers(variant, width, depth, heads, mlp_dim):
+  """The number of heads changes no parameter count."""
+  model = variants.make(f'{variant}/16', 10)
+  assert (model.width, model.depth, model.num_heads, model.mlp_dim) == (
+    width, depth, heads, mlp_dim
+  )  # fmt: skip
+
+
 def small(**fields):
   sizes = dict(num_classes=5, width=16, depth=2, num_heads=2, mlp_dim=24)
   return variants.make('tiny', **sizes | fields)
@@ -278,6 +298,14 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_parameters():
   assert 0 < np.abs(logits - exact).max() < 0.1 * np.abs(exact).max()
 
 
+def test_logits_are_float32_and_features_have_the_type_of_the_computation():
+  image = jax.ShapeDtypeStruct(IMAGE.shape, jnp.float32)
+  for classes, wanted in ((5, 'float32'), (None, 'bfloat16')):
+    model = small(dtype='bfloat16', num_classes=classes)
+    out, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    assert out.dtype == wanted
+
+
 @pytest.mark.slow_after_first
 @pytest.mark.parametrize('rate', ['dropout', 'attention_dropout', 'stochastic_depth'])
 def test_dropout_depends_only_on_the_example(rate):
@@ -429,9 +457,15 @@ def test_the_head_starts_at_zero():
     (dict(position='rope', head_dim=6), 'divisible by 4'),
     (dict(position='sincos', width=18), 'divisible by 4'),
     (dict(widht=8), 'Did you mean width'),
-    (dict(dropout=1.0), r'\[0, 1\)'),
+    (dict(dropout=1.0), r'model.dropout must be in \[0, 1\)'),
+    (dict(attention_dropout=-0.1), r'model.attention_dropout must be in \[0, 1\)'),
+    (dict(stochastic_depth=1.0), r'model.stochastic_depth must be in \[0, 1\)'),
     (dict(depth=0), 'positive'),
     (dict(patch_size=(4, 4, 4)), 'patch_size'),
+    (dict(position_grid=(0, 2)), 'model.position_grid must be two positive numbers'),
+    (dict(resnet=(2, 0), patch_size=8), 'a positive number of units for each stage'),
+    (dict(resnet=(1,), resnet_width=48), 'a width that is a multiple of 32'),
+    (dict(pool='distilled', num_registers=1, cosine=True), 'model.cosine is not supported'),
   ],
 )
 def test_invalid_models_are_rejected(fields, message):

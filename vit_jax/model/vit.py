@@ -163,7 +163,7 @@ class ViT(nn.Module):
     example_B: jax.Array | None = None,
     seen_BS: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the logits `[B, L]`, or features if `num_classes` is None; float32.
+    """Returns the logits `[B, L]` in float32, or features of type `dtype` without `num_classes`.
 
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size. Images of different
