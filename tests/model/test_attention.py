@@ -101,6 +101,7 @@ CPU, TPU, HOPPER = Target('cpu'), Target('tpu'), Target('cuda', 9.0)
     (HOPPER, 'cudnn', 'bfloat16', 64, True, 'plain'),
     (HOPPER, 'auto', 'float32', 64, False, 'plain'),
     (HOPPER, 'auto', 'bfloat16', 12, False, 'plain'),
+    (HOPPER, 'auto', 'bfloat16', 128, False, 'flash'),  # the largest head
     (HOPPER, 'auto', 'bfloat16', 136, False, 'plain'),
     (Target('cuda', 8.0), 'auto', 'bfloat16', 64, False, 'flash'),  # an A100
     (Target('cuda', 7.5), 'auto', 'bfloat16', 64, False, 'plain'),
