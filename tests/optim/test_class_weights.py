@@ -137,3 +137,14 @@ def test_only_some_losses_accept_several_labels():
   assert losses.choose_loss('softmax', several=False) is losses.softmax
   with pytest.raises(ValueError, match='loss.name=softmax expects one label.*loss.name to sigmoid'):
     losses.choose_loss('softmax', several=True)
+
+
+def test_evaluation_ignores_the_weights_of_the_classes():
+  exp = types.SimpleNamespace(
+    logits=lambda params, batch: jnp.asarray(LOGITS), loss=losses.softmax, weight_L=WEIGHT
+  )
+  found = objectives.classified(exp, {}, {'label': jnp.asarray(LABEL)})
+  z = LOGITS.astype(np.float64)
+  want = np.log(np.exp(z).sum(1)) - z[np.arange(8), LABEL]
+  np.testing.assert_allclose(found['loss'], want, rtol=1e-5)
+  np.testing.assert_array_equal(found['logits'], LOGITS)

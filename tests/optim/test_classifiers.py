@@ -45,8 +45,9 @@ def test_constant_features_do_not_enlarge_the_kernel():
   assert np.abs(head['kernel'][3]).max() < 1e-6
 
 
-@pytest.mark.parametrize('count', [90, 13])
-def test_knn_votes_equal_scikit_learns(count):
+@pytest.mark.parametrize('count, rows', [(90, 1000), (13, 64)])  # one and two parts of test images
+def test_knn_votes_equal_scikit_learns(count, rows, monkeypatch):
+  monkeypatch.setattr(classifiers, 'ROWS', rows)
   train, test = draw(count, 1), draw(90, 2)
   reference = neighbors.KNeighborsClassifier(
     min(20, count),

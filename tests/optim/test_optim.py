@@ -69,6 +69,19 @@ def test_first_moment_can_be_bfloat16(name, saved):
   assert {x.dtype for x in jax.tree.leaves(moments)} == {jnp.dtype('bfloat16')}
 
 
+def test_both_first_moments_of_muon_can_be_bfloat16():
+  params = {'block_0': {'up': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}}}
+  optimizer = optimizers.make_optimizer(
+    'muon', lambda _: 0.1, clip=0.0, moment_dtype='bfloat16',
+    weight_decay=0.0, b1=0.9, b2=0.99, momentum=0.9,
+  )  # fmt: skip
+  leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(optimizer.init, params))
+  moments = [(jax.tree_util.keystr(path), x.dtype) for path, x in leaves if x.ndim]
+  first = {name: dtype for name, dtype in moments if '.mu' in name}
+  assert len(first) == 2 and {*first.values()} == {jnp.dtype('bfloat16')}
+  assert {dtype for name, dtype in moments if name not in first} == {jnp.dtype('float32')}
+
+
 def test_sgd_equals_its_closed_form():
   out = steps('sgd', weight_decay=0.2, b1=0, b2=0, momentum=0.9, clip=0.0)
   for name, decay in (('kernel', 0.2), ('bias', 0.0)):
