@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from tests.conftest import init_params, run_model, small_config
 import vit_jax
 from vit_jax.check import check
 from vit_jax.experiment import assemble
+from vit_jax.model.layers import Dropout
 from vit_jax.optim import evaluation_key, fill_in, masked
 from vit_jax.training import tracing
 from vit_jax.training.step import loss_fn
@@ -205,6 +207,46 @@ def test_training_and_evaluation_hide_different_patches_and_evaluation_always_th
   assert len({*losses, float(whole_B.sum() / 32)}) == 4
   seen, _ = masked.draw_masks(evaluation_key(0), jnp.arange(2), 16, 12)
   assert (seen != masked.draw_masks(evaluation_key(1), jnp.arange(2), 16, 12)[0]).any()
+
+
+def shapes_of(**overrides):
+  """Returns an experiment, and the shapes of its parameters and of a batch of 2 images."""
+  exp = assemble(small_config(**MASKED | overrides), Task((), (16, 16), 3))
+  image_BHWC = jnp.zeros((1, *exp.image_shape))
+  init = lambda: exp.model.init(KEY, image_BHWC)['params'] | masked.init_decoder(exp, KEY)
+  batch = {'image': jax.ShapeDtypeStruct((2, 16, 16, 3), 'uint8')}
+  return exp, jax.eval_shape(init), batch | {'example': jax.ShapeDtypeStruct((2,), 'int32')}
+
+
+def test_only_training_uses_dropout():
+  exp, *shapes = shapes_of(**{'model.dropout': '0.5'})
+  drops = set()
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, Dropout) and context.module.rate:
+      drops.add(args[1] is not None)  # without the examples, nothing is dropped
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(lambda params, batch: exp.objective.loss(exp, params, batch, KEY)[0], *shapes)
+    assert drops == {True}
+    drops.clear()
+    jax.eval_shape(lambda params, batch: exp.objective.rows(exp, params, batch), *shapes)
+    assert drops == {False}
+
+
+def test_the_decoder_has_its_own_sizes_and_the_functions_of_the_model():
+  exp, params, _ = shapes_of(**{
+    'masked.decoder_width': '24', 'masked.decoder_depth': '3', 'masked.decoder_heads': '4',
+    'model.activation': 'silu', 'model.norm_epsilon': '1e-5', 'model.dtype': 'bfloat16',
+  })  # fmt: skip
+  blocks, block = params['decoder']['encoder'], masked.make_decoder(exp).block
+  assert blocks.keys() == {'block_0', 'block_1', 'block_2', 'norm'}
+  assert blocks['block_2']['attention']['query']['kernel'].shape == (24, 4, 6)
+  assert blocks['block_2']['mlp']['up']['kernel'].shape == (24, 4 * 24)
+  assert params['decoder']['embedding']['kernel'].shape == (16, 24)
+  assert params['decoder']['pixels']['kernel'].shape == (24, 4 * 4 * 3)
+  assert (block.activation, block.norm_epsilon, block.dtype) == ('silu', 1e-5, 'bfloat16')
 
 
 @pytest.mark.parametrize('overrides, message', [
