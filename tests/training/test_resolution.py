@@ -16,7 +16,7 @@ from vit_jax.evaluation import exact
 from vit_jax.figures import maps
 from vit_jax.inference import cost, summary
 from vit_jax.model import positions, variants
-from vit_jax.optim import losses
+from vit_jax.optim import losses, plan
 from vit_jax.training import loop, trainer
 from vit_jax.training.loop import Run
 from vit_jax.weights import pretrained
@@ -231,6 +231,17 @@ def test_inspect_counts_the_flops_of_each_size():
   each = {n: cost.measure(exp.at((n, n)), 512).train_flops for n in (8, 16)}
   assert found.train_flops == each[16] > 3 * each[8]
   assert found.run_flops == 16 * (12 * each[8] + 20 * each[16])
+
+
+def test_smaller_images_keep_the_aspect_ratio():
+  sizes = {'data.image_size': '12,24', 'progressive.sizes': '4,6', 'progressive.until': '0.2,0.5'}
+  config = small_config(**sizes)
+  stages = ((6, (4, 8)), (16, (6, 12)), (32, (12, 24)))
+  assert plan.image_stages(config, 32) == stages
+  fits = lambda patch: plan.check_stages(config, small(pool='gap').clone(patch_size=patch))
+  fits((2, 4))
+  with pytest.raises(ValueError, match='images of 4x8 pixels do not divide into patches of 4x3'):
+    fits((4, 3))
 
 
 @pytest.mark.parametrize('overrides, message', [
