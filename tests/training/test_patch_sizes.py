@@ -32,6 +32,13 @@ def test_draws_depend_on_seed_and_step_alone_and_are_uniform():
   assert all(abs(n - 333) < 70 for n in pairs.values())
 
 
+def test_a_run_draws_patch_sizes_with_its_seed():
+  exp, training = opening.from_config(small_config(seed='7', **FLEXIBLE))
+  run = loop.Run(exp, training, None, None, None, None, {})
+  drawn = [loop.draw_patch(exp.patch_sizes, 7, step) for step in range(1, 33)]
+  assert [run.sizes_of(step) for step in range(1, 33)] == [((8, 8), patch) for patch in drawn]
+
+
 @pytest.fixture(scope='module')
 def flexible(tmp_path_factory):
   """A run with three patch sizes: (workdir, patch size of each compiled step)."""

@@ -24,12 +24,12 @@ from vit_jax import config as config_lib
 from vit_jax import evaluation, opening
 from vit_jax.data import batching
 from vit_jax.data.memory import Examples
-from vit_jax.distributed import cluster, sharding
+from vit_jax.distributed import Target, cluster, compiled_for, sharding
 from vit_jax.distributed import devices as devices_lib
 from vit_jax.evaluation import exact, scoring
 from vit_jax.experiment import Experiment
 from vit_jax.optim import plan as plan_lib
-from vit_jax.training import compiling, meter, resume, session, state, step, trainer
+from vit_jax.training import compiling, loop, meter, resume, session, state, step, trainer
 from vit_jax.training.compiling import Compiled
 from vit_jax.training.loop import Run
 from vit_jax.training.step import make_train_step
@@ -92,6 +92,18 @@ def test_xla_accepts_the_deterministic_option():
   assert double(jnp.ones(())) == 2  # XLA rejects unknown options
 
 
+@pytest.mark.parametrize('platform, wanted, options', [
+    ('cuda', True, step.DETERMINISTIC), ('rocm', True, step.DETERMINISTIC), ('cuda', False, None),
+    ('cpu', True, None), ('tpu', True, None),
+])  # fmt: skip
+def test_only_a_deterministic_run_on_a_gpu_gets_the_option(monkeypatch, platform, wanted, options):
+  monkeypatch.setattr(step, 'jax', types.SimpleNamespace(jit=lambda function, **given: given))
+  exp = types.SimpleNamespace(config=types.SimpleNamespace(deterministic=wanted))
+  with compiled_for(Target(platform)):
+    given = make_train_step(exp, None, None)
+  assert given == {'donate_argnums': 0, 'compiler_options': options}
+
+
 def test_run_writes_result_config_metrics_and_examples(trained):
   workdir, result = trained
   assert json.loads((workdir / 'result.json').read_text()) == result
@@ -120,6 +132,14 @@ def test_long_class_names_are_cut_to_a_valid_file_name(tmp_path):
   resume.save_examples(exp, test, tmp_path)
   names = sorted(path.name for path in (tmp_path / 'examples').iterdir())
   assert names == [f'0_{"猫" * 33}.png', '1_dog.png']
+
+
+def test_examples_are_named_after_all_their_labels(tmp_path):
+  exp = types.SimpleNamespace(task=Task(('cat', 'red dog'), (4, 4), 3, multi_label=True))
+  label_NL = np.array([[1, 1], [0, 1], [0, 0]], np.uint8)
+  resume.save_examples(exp, Examples(np.zeros((3, 4, 4, 3), np.uint8), label_NL), tmp_path)
+  names = sorted(path.name for path in (tmp_path / 'examples').iterdir())
+  assert names == ['0_cat-red-dog.png', '1_red-dog.png', '2_no-label.png']
 
 
 def test_training_a_finished_run_changes_no_file(trained):
@@ -191,6 +211,15 @@ def test_too_few_devices_for_the_batch_are_logged(tmp_path):
   subprocess.run([sys.executable, '-c', script, tmp_path], cwd=ROOT, check=True)
   warning = 'WARNING JAX was started with 1 CPU device(s), but batch_size=96 would use 3. '
   assert warning in (tmp_path / 'log.txt').read_text()
+
+
+def test_processes_may_differ_only_in_where_and_how_they_read_data(monkeypatch, tmp_path):
+  compared = {}
+  monkeypatch.setattr(resume, 'check_same', lambda what, values: compared.update(values))
+  config = small_config()
+  resume.check_in_all_processes(config, tmp_path)
+  left_out = config_lib.flatten(config).keys() - compared.keys()
+  assert left_out == {'data.dir', 'data.workers', 'data.threads'}
 
 
 def test_another_config_is_rejected(trained):
@@ -325,6 +354,15 @@ def test_gradient_norm_is_reported_before_clipping():
   assert float(step(now, SIMPLE_BATCH)[1]['grad_norm']) == 7
 
 
+def test_a_step_counts_the_bad_images_of_its_batch():
+  exp, training = opening.from_config(small_config())
+  step = make_train_step(simple(exp, lambda key: 7.0), training, devices_lib.make_mesh(1))
+  params = {'weight': jnp.ones(())}
+  now = state.TrainState(jnp.int32(0), params, training.optimizer.init(params), None)
+  bad_B = np.arange(32) % 5 == 0
+  assert int(step(now, SIMPLE_BATCH | {'bad': bad_B})[1]['bad_images']) == 7
+
+
 def test_bad_images_are_counted_since_the_last_log_line():
   score = scoring.training_score(jnp.zeros((2, 3)), jnp.zeros(2, int), jnp.ones(2))
   metrics = {'score': score, 'grad_norm': 1.0, 'learning_rate': 0.1}
@@ -348,6 +386,55 @@ def test_time_before_a_resume_is_counted(monkeypatch):
   exp, training = opening.from_config(small_config())
   begun, seconds = state.start_state(exp, training, devices_lib.make_mesh(), found)
   assert begun.step == 5 and seconds == 1000
+
+
+def test_seconds_of_earlier_sessions_count_in_the_result(monkeypatch):
+  blank = state.TrainState(jnp.int32(32), {'w': jnp.zeros((2, 3)), 'b': jnp.zeros(3)}, (), None)
+  scores = {'test': {'loss': 1.5, 'accuracy': 0.25, 'examples': 256}}
+  monkeypatch.setattr(loop, 'start_state', lambda *_: (blank, 1000.0))
+  monkeypatch.setattr(loop, 'make_eval_step', lambda *_, **__: None)
+  monkeypatch.setattr(Run, 'evaluate_start', lambda *_: scores)
+  kept = types.SimpleNamespace(latest=lambda: 32, wait=lambda: None)
+  exp, training = opening.from_config(small_config())
+  run = Run(exp, training, devices_lib.make_mesh(32), None, kept, None, {'lr': 0.5})
+  result = run.run()
+  assert 1000 <= result['seconds'] < 1100
+  assert (result['test_loss'], result['test_accuracy'], result['examples']) == (1.5, 0.25, 256)
+  assert (result['steps'], result['params'], result['lr']) == (32, 9, 0.5)
+
+
+def test_a_run_reads_images_in_the_order_of_its_seed_from_its_step(monkeypatch):
+  given = []
+
+  def train_batches(examples, *arguments):
+    given.append((examples, arguments[:3]))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(loop, 'train_batches', train_batches)
+  exp, training = opening.from_config(small_config(seed='7'))
+  run = Run(exp, training, devices_lib.make_mesh(32), None, None, None, {})
+  with pytest.raises(KeyboardInterrupt):
+    run.loop(None, 5, 32)
+  assert given == [(training.train, (32, 7, 5))]  # batch size, seed, first step
+
+
+def test_initial_weights_depend_on_the_seed(monkeypatch):
+  """Stand-ins for the model, the adapter and the decoder show which random key each one gets."""
+  draw = lambda key: {'w': jax.random.normal(key, (4,))}
+  monkeypatch.setattr(state, 'adapted', lambda params, key, *_: params | {'lora': draw(key)})
+  mesh, found = devices_lib.make_mesh(), []
+  for seed in (0, 1):
+    exp = types.SimpleNamespace(
+      config=small_config(seed=str(seed)),
+      model=types.SimpleNamespace(init=lambda key, image_BHWC: {'params': draw(key)}),
+      image_shape=(8, 8, 3),
+      objective=types.SimpleNamespace(init=lambda exp, key: {'decoder': draw(key)}),
+      split=lambda params: (params, {}),
+    )
+    optimizer = types.SimpleNamespace(init=lambda params: ())
+    params = state.init_state(exp, types.SimpleNamespace(optimizer=optimizer), mesh).params
+    found += [tuple(leaf.tolist()) for leaf in jax.tree.leaves(params)]
+  assert len({*found}) == len(found) == 6
 
 
 def test_dropout_of_a_training_step_depends_on_the_example():
