@@ -10,7 +10,7 @@ from tests.conftest import small_config
 from vit_jax.distributed import peak_tflops, portable
 from vit_jax.evaluation import training_score
 from vit_jax.inference import cost, summary
-from vit_jax.model import make
+from vit_jax.model import REMAT, make
 from vit_jax.training import meter as meter_module
 from vit_jax.training import tracing
 from vit_jax.training.compiling import Compiled
@@ -55,6 +55,24 @@ def test_utilisation_is_the_flops_per_second_divided_by_the_peak(clock):
   assert values['tflops_per_device'] == 400
   assert values['mfu'] == round(400 / 989, 4)
   assert values['memory_gib'] == 1.5
+
+
+def test_a_line_counts_only_the_training_since_the_last_line(clock):
+  meter = Meter(mesh_of('cpu', 1), 'float32')
+  for seconds, waited, evaluating, steps in ((4, 1, 100, 2), (2, 1, 50, 1)):
+    with meter.waiting():
+      clock.now += waited
+    clock.now += seconds - waited
+    for step in range(steps):
+      meter.add(step, metrics(), Compiled(None, 10**12, False, None))
+    meter.pause()
+    clock.now += evaluating
+    meter.resume()
+    values = meter.read()
+    assert values['examples'] == 8 * steps and values['loss'] == 1
+    assert values['images_per_second'] == 8 * steps / seconds
+    assert values['data_wait'] == waited / seconds
+    assert values['tflops_per_device'] == steps / seconds
 
 
 @pytest.mark.parametrize('kind, dtype', [('cpu', 'bfloat16'), ('NVIDIA H200', 'float32')])
@@ -104,6 +122,26 @@ def test_recomputation_does_not_count_as_work_of_the_model():
   params = init_params(kept.model, kept.image_shape, 0)
   assert tracing.step_flops(repeated, params) > tracing.step_flops(kept, params)
   assert tracing.model_flops(repeated, params) == tracing.step_flops(kept, params)
+
+
+def counted(**overrides):
+  """Returns the FLOPs of a training step for one image, and the bytes of activations by module."""
+  exp, *_ = summary.summary_of_config(small_config(**{'model.depth': '1'} | overrides))
+  params = jax.eval_shape(lambda: init_params(exp.model, exp.image_shape, 0))
+  return tracing.step_flops(exp, params), tracing.activations(exp, params)
+
+
+def test_an_image_in_a_mixed_pair_costs_as_much_as_an_image_alone():
+  (flops, kept), (mixed_flops, mixed_kept) = counted(), counted(**{'augment.mix.probability': '1'})
+  assert mixed_flops == flops > 0
+  for part in ('block_*/attention', 'block_*/mlp'):
+    assert mixed_kept[part] == kept[part] > 0
+
+
+def test_each_further_kind_of_recomputation_keeps_fewer_activations():
+  bytes_of = {remat: counted(**{'model.remat': remat})[1].total() for remat in REMAT}
+  assert list(bytes_of) == ['none', 'dots', 'full']
+  assert bytes_of['none'] > bytes_of['dots'] > bytes_of['full']
 
 
 @pytest.mark.parametrize('fused', [False, True])
