@@ -184,6 +184,20 @@ def test_a_run_out_of_memory_is_repeated_once_with_twice_the_micro_batches(full,
   assert newest_config(tmp_path)['plan'] == dataclasses.asdict(second)
 
 
+def test_the_next_plan_has_micro_batches_of_at_most_half_the_size_or_recomputes_more():
+  step = Step(batch_size='96', micro_batches='None', **{'mesh.data': '2'})  # 48 rows each
+
+  def after(plan):
+    found = compiling.halved(compiling.planned(step.exp, plan), step.mesh)
+    return found and compiling.plan_of(found, step.mesh)
+
+  first = compiling.plan_of(step.exp, step.mesh).micro_batches
+  assert first <= 3
+  assert after(Plan(3, 'none')) == Plan(6, 'none')  # not 4, which also divides 48
+  assert after(Plan(48, 'none')) == Plan(first, 'dots')
+  assert after(Plan(48, 'full')) is None
+
+
 def test_a_run_that_is_out_of_memory_again_says_what_to_lower(full, tmp_path):
   plans = full(2)
   with pytest.raises(OutOfMemory, match='Raise micro_batches or set model.remat=full'):

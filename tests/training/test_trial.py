@@ -4,6 +4,7 @@ The stand-in runs on a CPU: it is XLA's attention, or a broken or slow version o
 """
 
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from vit_jax.distributed import Target, compiled_for, make_mesh
 from vit_jax.inference import summary
 from vit_jax.model import plain
 from vit_jax.optim import Training, training_recipe
-from vit_jax.training import trial
+from vit_jax.training import compiling, trial
 
 HOPPER = Target('cuda', 9.0)
 GPU = {'model.dtype': 'bfloat16', 'model.width': '16', 'model.num_heads': '2'}
@@ -116,12 +117,45 @@ def test_deterministic_runs_do_not_measure_time(cudnn, monkeypatch):
   assert choose(deterministic='True').model.attention == 'cudnn'
 
 
-def test_kernels_are_timed_at_the_full_image_size(monkeypatch):
-  timed = []
-  monkeypatch.setattr(trial, 'first_difference', lambda *_: '')
+@pytest.mark.parametrize('overrides, tokens', [
+    ({'progressive.sizes': '4', 'progressive.until': '0.5'}, [1, 4]),  # patches of 4x4 pixels
+    ({'patch_sizes': '2,4,8'}, [1, 4, 16]),  # images of 8x8 pixels
+])  # fmt: skip
+def test_kernels_are_compared_at_all_sizes_and_timed_at_the_longest_sequence(
+  monkeypatch, overrides, tokens
+):
+  compared, timed = [], []
+  monkeypatch.setattr(trial, 'first_difference', lambda shape, dtype: compared.append(shape) or '')
   monkeypatch.setattr(trial, 'duration', lambda kernel, shape, dtype: timed.append(shape) or 1.0)
-  choose(**{'progressive.sizes': '4', 'progressive.until': '0.5'})
-  assert [tokens for _, tokens, _, _ in timed] == [4, 4]  # 8x8 pixels in patches of 4x4
+  choose(**overrides)
+  assert [shape[1] for shape in compared] == tokens
+  assert [shape[1] for shape in timed] == 2 * tokens[-1:]
+
+
+def test_kernels_are_tried_with_the_rows_and_heads_of_one_device():
+  sizes = {'batch_size': '64', 'micro_batches': '4', 'data.image_size': '8,16'}
+  exp, *_ = summary.summary_of_config(small_config(**GPU | sizes | {'model.pool': 'cls'}))
+  mesh = types.SimpleNamespace(shape={'data': 2, 'fsdp': 2, 'tensor': 2})
+  # 64 rows on 4 devices in 4 parts; 2 x 4 patches and the class token; 2 heads of size 8 on 2.
+  assert compiling.attention_shape(exp, mesh) == (4, 9, 1, 8)
+
+
+@pytest.mark.parametrize('overrides, fused', [
+    ({}, True), ({'model.attention_dropout': '0.1'}, False), ({'model.attention': 'plain'}, False),
+])  # fmt: skip
+def test_a_step_is_fused_if_its_blocks_use_cudnn(overrides, fused):
+  exp, *_ = summary.summary_of_config(small_config(**GPU | overrides))
+  with compiled_for(HOPPER):
+    assert compiling.uses_flash(exp, make_mesh(32)) == fused
+
+
+def test_an_error_is_relative_only_to_values_above_one():
+  large, little = jnp.array([-100.0, 50.0]), jnp.array([0.1, -0.05])
+  broken = jnp.array([0.1, jnp.nan])
+  found = trial.errors((large + 2, little + 0.01, little, broken), (large, little, little, little))
+  assert found['output'] == pytest.approx(0.02, rel=1e-5)
+  assert found['query'] == pytest.approx(0.01, rel=1e-5)
+  assert found['key'] == 0 and found['value'] != found['value']  # NaN
 
 
 @pytest.mark.parametrize('earlier', ['cudnn', 'plain'])
