@@ -26,12 +26,13 @@ def found(root, splits=('train', 'test'), streamed=False):
 
 
 COUNTS = {'train/cat': 12, 'train/dog': 3, 'train/ant': 9, 'test/cat': 3, 'test/dog': 3}
+COUNTS |= {'train/bee': 10}  # just enough
 
 
 def test_small_classes_are_named_with_their_size(tmp_path):
   make(tmp_path, COUNTS)
   (warning,) = found(tmp_path)
-  assert warning == 'train: 2 of 3 classes have fewer than 10 images: dog 3, ant 9.'
+  assert warning == 'train: 2 of 4 classes have fewer than 10 images: dog 3, ant 9.'
 
 
 def test_only_the_used_part_of_a_split_counts(tmp_path):

@@ -24,7 +24,7 @@ from tests.conftest import ROOT, small_config
 from vit_jax import experiment, storage
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
-from vit_jax.workdir import checkpoint, digests, items, stored, trained, writer
+from vit_jax.workdir import checkpoint, digests, items, restoring, stored, trained, writer
 
 
 def test_three_documented_lines_restore_anywhere(trained, tmp_path):
@@ -275,6 +275,60 @@ def test_the_checksum_covers_the_whole_file(tmp_path, monkeypatch, size):
   assert digests.checksum(tmp_path / 'file') == [size, zlib.crc32(data)]
 
 
+@pytest.mark.parametrize(
+  'others, shared', [((), True), ((True,), True), ((False,), False), ((True, False), False)]
+)
+@pytest.mark.parametrize('written', [True, False])
+def test_a_checkpoint_is_shared_if_all_processes_see_its_checksums(
+  tmp_path, monkeypatch, others, shared, written
+):
+  """Each value in `others` tells whether another process sees the same file as this process."""
+  if written:
+    digests.write_digests(tmp_path)
+  gather = lambda own: [own, *(own if same else 7 for same in others)]
+  monkeypatch.setattr(restoring, 'from_all', gather)
+  assert restoring.is_visible(tmp_path) == (shared and (written or not others))
+
+
+def test_every_file_is_checked_by_exactly_one_process(tmp_path):
+  files = [tmp_path / 'params' / name for name in 'abcde']
+  files[0].parent.mkdir()
+  for file in files:
+    file.write_bytes(b'whole')
+  digests.write_digests(tmp_path)
+
+  def finds_damage(process):
+    try:
+      return not digests.compare_files(tmp_path, share=(process, 3))
+    except items.Damaged:
+      return True
+
+  for file in files:
+    file.write_bytes(b'other')
+    assert [finds_damage(process) for process in range(3)].count(True) == 1
+    file.write_bytes(b'whole')
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+def test_a_parameter_that_is_not_finite_is_named_and_not_saved(tmp_path, bad):
+  head = {'bias': jnp.zeros(2), 'kernel': jnp.array([1.0, bad, 2.0])}
+  now = state.TrainState(jnp.int32(3), {'head': head, 'norm': jnp.ones(1)}, {}, None)
+  message = 'Parameter head/kernel is not finite after step 3'
+  with (
+    pytest.raises(FloatingPointError, match=message),
+    checkpoint.Checkpoints(tmp_path) as checkpoints,
+  ):
+    checkpoints.save(now, {'config': {}, 'names': trained.TrainingFiles().item()})
+  assert not stored.all_steps(tmp_path)
+
+
+@pytest.mark.parametrize('step', ['24', '016a', '-16', 'newest'])
+def test_a_step_without_a_checkpoint_is_refused(trained, step):
+  message = f'--step={step}: .* has the checkpoints 16, 32. Set'
+  with pytest.raises(ValueError, match=message):
+    stored.load_checkpoint(trained[0], step)
+
+
 def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
   save_rated(tmp_path, 3, [0.9, None, None])
   assert stored.load_checkpoint(tmp_path, '')[0] == 1
@@ -284,17 +338,32 @@ def test_the_newest_checkpoint_replaces_a_damaged_best_one(tmp_path):
     stored.load_checkpoint(tmp_path, 'best')
 
 
+def events_of(workdir):
+  """Returns all events in the only event file of a workdir."""
+  (path,) = (workdir / 'tensorboard').iterdir()
+  data, found = path.read_bytes(), []
+  while data:  # length, its checksum, the event, its checksum
+    (size,) = struct.unpack('<Q', data[:8])
+    found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  return found
+
+
 def test_tensorboard_drops_events_after_the_resumed_step(tmp_path):
   with writer.Writer(tmp_path, 16):
     pass
-  (path,) = (tmp_path / 'tensorboard').iterdir()
-  data, started = path.read_bytes(), []
-  while data:  # length, its checksum, the event, its checksum
-    (size,) = struct.unpack('<Q', data[:8])
-    event = event_pb2.Event.FromString(data[12 : 12 + size])
-    started += [event.step] * (event.session_log.status == event_pb2.SessionLog.START)
-    data = data[16 + size :]
+  start = event_pb2.SessionLog.START
+  started = [event.step for event in events_of(tmp_path) if event.session_log.status == start]
   assert started == [17]  # which, and all after it, TensorBoard takes for void
+
+
+def test_tensorboard_gets_each_metric_with_its_split_and_step(tmp_path):
+  with writer.Writer(tmp_path, 0) as records:
+    records.write(8, 'train', loss=0.5, accuracy=0.25)
+    records.write(16, 'test', loss=2.0)
+  values = [(event.step, value) for event in events_of(tmp_path) for value in event.summary.value]
+  found = [(step, value.tag, value.simple_value) for step, value in values]
+  assert found == [(8, 'train/loss', 0.5), (8, 'train/accuracy', 0.25), (16, 'test/loss', 2.0)]
 
 
 @contextlib.contextmanager
