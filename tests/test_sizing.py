@@ -70,6 +70,13 @@ def test_fine_tuning_makes_the_batch_smaller_before_it_adds_epochs(count, batch_
   assert config.epochs == 20 or config.batch_size == 16
 
 
+@pytest.mark.parametrize('count', [90, 3000, 10**5])
+def test_a_run_saves_ten_checkpoints(count):
+  config = chosen(FINETUNE, photos(count))
+  steps = num_steps(config, round(0.9 * count))
+  assert -(-steps // config.checkpoint_every) == 10
+
+
 def test_given_values_are_never_changed():
   given = {
     'batch_size': '64', 'epochs': '3', 'schedule.warmup': '0.5', 'optimizer.lr': '7',
@@ -102,6 +109,18 @@ def test_the_image_size_follows_the_images(size, wanted, patch):
   assert config.data.image_size == (wanted, wanted) and config.model.patch_size == (patch, patch)
 
 
+def test_the_image_size_follows_the_median_of_images_from_the_whole_split():
+  side_N, asked = np.repeat([40, 130, 3000], [400, 590, 10]), []  # their mean is 123
+
+  def read(split, indices):
+    asked.extend(indices)
+    return (('', np.zeros((side_N[i], 5000, 3), np.uint8), 0) for i in indices)
+
+  config = chosen('configs/folder.py:small', dataclasses.replace(photos(1000), read=read))
+  assert config.data.image_size == (128, 128)
+  assert len(asked) <= 100 and min(asked) < 10 and max(asked) >= 890  # of train[:90%]
+
+
 def test_every_variant_trains_on_photos_of_any_size():
   for variant in cifar10.VARIANTS:
     config = chosen(f'configs/folder.py:{variant}', photos(30, (130, 130)))
@@ -129,6 +148,11 @@ def test_the_image_size_is_a_multiple_of_a_given_patch():
 def test_a_validation_part_is_held_out(more, parts):
   data = chosen(FINETUNE, photos(60, **more)).data
   assert (data.train_split, data.val_split) == parts
+
+
+def test_the_split_for_testing_is_not_the_validation_split():
+  data = chosen(FINETUNE, photos(60, val=12), **{'data.eval_split': 'val'}).data
+  assert (data.train_split, data.val_split) == ('train[:90%]', 'train[90%:]')
 
 
 def test_a_given_training_split_keeps_the_validation_split_of_the_data(caplog):
