@@ -282,6 +282,53 @@ def test_all_processes_try_again_if_a_bucket_did_not_answer_one(monkeypatch, fir
   assert storage.exit_code(ValueError('bad config')) == 2
 
 
+def two_processes(monkeypatch):
+  """Makes this process act as process 0 of two processes."""
+  monkeypatch.setattr(cluster.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(cluster.jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(cluster, 'is_first', lambda: True)
+
+
+def test_every_process_fails_if_one_of_them_fails(monkeypatch):
+  sent = []
+  monkeypatch.setattr(
+    cluster, 'from_all', lambda value: sent.append(value) or [value, ['silent', TRY_AGAIN]]
+  )
+  with pytest.raises(ValueError, match='^Process 1 failed: silent$') as caught:
+    cluster.together(lambda: 'done')
+  assert storage.exit_code(caught.value) == TRY_AGAIN
+
+  def fail():
+    raise OSError('my disk is full')
+
+  with pytest.raises(OSError, match='my disk is full'):  # its own error
+    cluster.together(fail)
+  assert sent == [None, ['my disk is full', 2]]
+  monkeypatch.setattr(cluster, 'from_all', lambda value: [value, None])
+  assert cluster.together(lambda: 'done') == 'done'
+
+
+def test_values_of_any_length_are_gathered(monkeypatch):
+  two_processes(monkeypatch)
+  other = json.dumps('a much longer value').encode()
+
+  def gather(x):
+    theirs = np.uint32(len(other)) if x.ndim == 0 else np.frombuffer(other, np.uint8)
+    return np.stack([x, theirs])
+
+  monkeypatch.setattr(cluster.multihost_utils, 'process_allgather', gather)
+  assert cluster.from_all('short') == ['short', 'a much longer value']
+
+
+@pytest.mark.parametrize('other', [True, False])
+def test_a_folder_is_shared_only_if_every_process_sees_its_files(monkeypatch, tmp_path, other):
+  two_processes(monkeypatch)
+  monkeypatch.setattr(cluster, 'from_first', lambda function: function())
+  monkeypatch.setattr(cluster, 'from_all', lambda seen: [seen, other])
+  assert cluster.is_shared(tmp_path / 'run') == other
+  assert not list((tmp_path / 'run').iterdir())
+
+
 def test_large_data_is_broadcast_in_pieces(monkeypatch):
   data, sent = bytes(range(10)), []
   monkeypatch.setattr(cluster, 'PIECE', 4)
@@ -398,6 +445,17 @@ def test_occupied_port_is_reported_before_jax_starts():
     port = server.getsockname()[1]
     with pytest.raises(ValueError, match=rf'port {port} of this machine \(Address already in use'):
       joining.join(f'127.0.0.1:{port}', 2, 0)
+
+
+def test_a_process_that_has_connected_is_not_ended(capsys, monkeypatch):
+  codes = []
+  monkeypatch.setattr(joining.os, '_exit', codes.append)
+  monkeypatch.setattr(joining, 'SOON', 0.05)
+  monkeypatch.setattr(joining, 'JOIN', 0.1)
+  with joining.waiting('the other processes'):
+    pass
+  time.sleep(0.3)
+  assert not codes and not capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -31,6 +31,12 @@ def test_micro_batches_fit_the_cache(batch_size, tokens, width, parts):
   assert microbatch.micro_batches(devices_lib.make_mesh(2), batch_size, tokens, width) == parts
 
 
+def test_a_micro_batch_keeps_mixed_pairs_together():
+  mesh = devices_lib.make_mesh(2)  # 18 images on each device, and 9 of them fill a micro-batch
+  assert microbatch.micro_batches(mesh, 36, tokens=114, width=48) == 2
+  assert microbatch.micro_batches(mesh, 36, tokens=114, width=48, group=2) == 3
+
+
 @pytest.mark.parametrize(('devices', 'parts'), [(1, 1), (1, 3), (2, 1), (2, 3)])
 def test_parts_give_the_result_of_the_whole_batch(devices, parts):
   mesh = devices_lib.make_mesh(devices)
