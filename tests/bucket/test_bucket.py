@@ -3,8 +3,11 @@
 import asyncio
 import io
 import json
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +17,7 @@ import pytest
 from tests.conftest import ROOT, call, error
 from tests.fake_gcs import FakeGcs
 from vit_jax import bucket, storage
-from vit_jax.bucket import client, lease, listing, objects, records
+from vit_jax.bucket import client, errors, lease, listing, objects, records
 from vit_jax.data import sources
 from vit_jax.data.image import BadImage
 from vit_jax.data.source import as_bytes, fetched
@@ -254,6 +257,49 @@ def test_an_answer_ends_the_silence_of_a_bucket(monkeypatch):
   for hour in range(3):  # each hour, one request fails once
     now[0], answers[:] = 3600.0 * hour, [None, hour]
     assert asyncio.run(files._repeated(request)) == hour
+
+
+def test_a_request_after_a_long_silence_is_sent_only_once(monkeypatch):
+  from vit_jax.bucket import patient
+
+  now, sent = [1000.0], []
+  monkeypatch.setattr(patient.time, 'monotonic', lambda: now[0])
+
+  async def sleep(seconds):
+    now[0] += seconds
+
+  monkeypatch.setattr(patient.asyncio, 'sleep', sleep)
+  files = patient.PatientFileSystem.__new__(patient.PatientFileSystem)
+
+  async def request():
+    sent.append(now[0] - 1000)
+    raise TimeoutError('no answer')
+
+  with pytest.raises(bucket.NoAnswer):
+    asyncio.run(files._repeated(request))
+  assert sent[:7] == [0, 1, 3, 7, 15, 30, 45] and 165 < sent[-1] <= 180
+  sent.clear()
+  with pytest.raises(bucket.NoAnswer):
+    asyncio.run(files._repeated(request))
+  assert len(sent) == 1
+
+
+@pytest.mark.parametrize('code', [400, 401, 403, 404, 412, 408, 429, 500, 503])
+def test_only_errors_that_can_pass_are_tried_again(code):
+  assert errors.is_passing(client_error(code, 'refused')) == (code in (408, 429, 500, 503))
+
+
+def test_the_start_of_a_process_is_counted_from_the_boot():
+  """A process that ended has no start, even before its parent has asked for its exit code."""
+  child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+  ticks = int(lease.started(child.pid))
+  now = time.clock_gettime(time.CLOCK_BOOTTIME)
+  assert ticks / os.sysconf('SC_CLK_TCK') == pytest.approx(now, abs=1)
+  child.stdin.close()
+  os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+  assert lease.started(child.pid) == ''  # a zombie
+  child.wait()
+  assert lease.started(child.pid) == ''
 
 
 def test_the_lock_counts_from_the_request_that_renewed_it(monkeypatch):
