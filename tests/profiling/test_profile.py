@@ -12,7 +12,7 @@ from tests.conftest import small_config
 from vit_jax.cli import main
 from vit_jax.profiling import as_table, profile
 from vit_jax.profiling.operations import Operation, kind_of, operations
-from vit_jax.profiling.table import UNKNOWN, summarize_time
+from vit_jax.profiling.table import UNKNOWN, Profile, summarize_time
 from vit_jax.profiling.timeline import IDLE, WAIT, Span, Trace, divide
 
 
@@ -61,6 +61,26 @@ def test_unknown_operations_and_the_overhead_of_loops_are_not_attributed():
   assert kinds['matrix products'] == 1.5
   assert kinds[IDLE] == 0.5
   assert longest == [('a', 'matrix products', 1.5)]
+
+
+def test_the_longest_operations_are_summed_over_the_blocks():
+  paths = {f'{part}{i}': f'block_{i}/mlp/{part}' for part in ('up', 'down') for i in range(3)}
+  operations = {name: Operation('dot', frozenset(), '', path) for name, path in paths.items()}
+  times = {name: 1e6 if 'up' in name else 2e6 for name in operations}
+  _, longest = summarize_time(times, operations, steps=2)
+  assert longest == [
+    ('block_*/mlp/down', 'matrix products', 3.0), ('block_*/mlp/up', 'matrix products', 1.5)
+  ]  # fmt: skip
+
+
+def test_the_table_gives_shares_of_the_recorded_step():
+  times = {'matrix products': 6.0, IDLE: 2.0}
+  text = as_table(Profile(8.0, 5.0, 3, '2 cpu', times, [('mlp/dot', 'matrix products', 4.0)]))
+  lines = [line.split() for line in text.splitlines()]
+  assert 'takes 8 ms while it is recorded, and 5 ms otherwise.' in text
+  assert ['6.000', '75.0%', 'matrix', 'products'] in lines
+  assert ['8.000', '100.0%', 'sum'] in lines
+  assert ['4.000', '50.0%', 'mlp/dot', '(matrix', 'products)'] in lines
 
 
 def test_kinds_follow_from_the_compiled_program():

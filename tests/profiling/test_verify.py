@@ -1,12 +1,13 @@
 """Checks that `--mode=verify` repeats steps exactly, and notices other numbers."""
 
+from contextlib import nullcontext
 import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.conftest import call, error
+from tests.conftest import call, error, small_config
 from vit_jax.distributed import cluster
 from vit_jax.profiling import replay
 from vit_jax.storage import TRY_AGAIN
@@ -86,6 +87,38 @@ def test_other_devices_may_differ_by_rounding_only(then, change, same):
     if same
     else 'params/w: largest difference 10'
   ) in found.text
+
+
+def two_states(params, changed):
+  """Returns two train states with these parameters; the first one has changed parameters."""
+  return [TrainState(jnp.int32(5), tree, {}, None) for tree in (params | changed, params)]
+
+
+def test_rounding_is_measured_over_all_parameters_together():
+  """The gradient of a key bias is only rounding errors, so its relative difference is large."""
+  params = {'kernel': jnp.full(100, 3.0), 'bias': jnp.full(1, 1e-3)}
+  for bias, same in ((0.1, True), (1.0, False)):  # the norm of all parameters is 30
+    states = two_states(params, {'bias': jnp.full(1, 1e-3 + bias)})
+    found = replay.judged((1, 5), *states, {'kind': 'gpu'}, {'kind': 'cpu'})
+    assert found.same == same, found.text
+
+
+def test_the_five_largest_differences_are_named_first():
+  params = {f'w{i}': jnp.ones(2) for i in range(9)}
+  states = two_states(params, {f'w{i}': jnp.ones(2) + i for i in range(9)})
+  devices = {'kind': 'cpu'}
+  lines = replay.judged((1, 5), *states, devices, devices).text.splitlines()
+  assert 'other numbers in 8 of 10 arrays' in lines[0]
+  names = [line.partition(':')[0] for line in lines[1:6]]
+  assert names == [f'params/w{i}' for i in (8, 7, 6, 5, 4)]
+  assert lines[6:] == ['... and 3 more']
+
+
+@pytest.mark.parametrize('first, refused', [(8, True), (16, False), (24, False)])
+def test_steps_of_two_learning_rate_cycles_are_not_repeated(tmp_path, first, refused):
+  check = lambda: replay.check_repeatable(tmp_path, small_config(), (8, 16), first, first + 8)
+  with pytest.raises(ValueError, match='began after step 16') if refused else nullcontext():
+    check()
 
 
 def test_a_number_that_is_not_finite_is_never_the_same():
