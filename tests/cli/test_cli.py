@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import logging
 import os
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ import vit_jax
 from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.check import REGISTRIES, choices
-from vit_jax.cli import command, pages
+from vit_jax.cli import command, pages, terminal
 from vit_jax.cli.flags import Flag
 from vit_jax.cli.parsing import parse_flags
 from vit_jax.inference import predict_files
@@ -94,6 +95,16 @@ def test_print_config_refuses_an_invalid_config(capsys):
 def test_print_config_works_for_a_workdir(capsys, trained):
   _, out, _ = call(capsys, '--print_config', f'--workdir={trained[0]}', '--config.log_every=7')
   assert 'data.source=synthetic' in out and 'log_every=7' in out
+
+
+@pytest.mark.parametrize('first', [True, False])
+def test_every_process_prints_its_warnings_but_only_process_0_the_rest(capsys, monkeypatch, first):
+  monkeypatch.setattr('vit_jax.distributed.is_first', lambda: first)
+  log = logging.Logger('mine')
+  log.addHandler(terminal.Console(logging.INFO))
+  log.info('Reading images.')
+  log.warning('An image is damaged.')
+  assert capsys.readouterr().err == 'Reading images.\n' * first + 'An image is damaged.\n'
 
 
 @pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help']])
