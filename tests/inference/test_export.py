@@ -23,7 +23,7 @@ from tests.conftest import DATA, ROOT, call, error, init_params, run_model, smal
 import vit_jax
 from vit_jax import evaluation, experiment, opening
 from vit_jax.data import image as image_lib
-from vit_jax.inference import card, exporting, prediction
+from vit_jax.inference import card, exporting, measuring, prediction
 from vit_jax.model import VARIANTS
 from vit_jax.weights import onnx_program, program, reader
 from vit_jax.weights.formats import Preprocessing, Pretrained
@@ -284,6 +284,61 @@ def test_a_card_lists_the_known_facts(trained, tmp_path):
   paper = (tmp_path / 'paper' / 'README.md').read_text()
   assert '| trained on | unknown |' in paper and str(DATA) not in paper
   assert 'read from `weights.npz`' in paper and '5 classes; their names are unknown' in paper
+
+
+@pytest.mark.parametrize('step, text', [
+    (32, '60.00% on the 1,234 images of `test`'), (16, '40.00% on the 1,234 images of `test`'),
+    (8, 'unknown'),
+])  # fmt: skip
+def test_a_card_gives_the_accuracy_of_its_own_checkpoint(trained, step, text):
+  result = {
+    'config': {'data': {'eval_split': 'test'}}, 'examples': 1234, 'steps': 32,
+    'test_accuracy': 0.6, 'best': {'step': 16, 'val_accuracy': 0.9, 'test_accuracy': 0.4},
+  }  # fmt: skip
+  loaded = vit_jax.load(trained[0])
+  loaded = dataclasses.replace(loaded, run={**loaded.run, 'step': step})
+  assert f'| accuracy | {text} |' in card.write_card('npz', loaded, 'run', result)
+
+
+@pytest.mark.parametrize('changed, text', [
+    ({}, 'epochs planned, with batch size 32; these weights are from step 32 |'),
+    ({'freeze': 'backbone'}, 'from step 32; only the head was trained |'),
+    ({'adapt': 'lora'}, 'from step 32; only the head and an adapter (lora) were trained |'),
+    ({'classifier': 'ridge'}, 'no steps: the head was computed from the features of these images'),
+])  # fmt: skip
+def test_a_card_says_what_was_trained(trained, changed, text):
+  loaded = vit_jax.load(trained[0])
+  run = {**loaded.run, 'config': {**loaded.run['config'], **changed}}
+  assert text in card.write_card('npz', dataclasses.replace(loaded, run=run), 'run')
+
+
+def test_a_card_compares_size_latency_and_accuracy(trained):
+  found = {
+    'float32': measuring.Measured(2_500_000, 0.0123, 0.9),
+    'int8': measuring.Measured(1_200_000, 0.004, 0.875),
+  }
+  compared = measuring.Comparison(found, '2 cores', '100 images of `test`', 512)
+  text = card.write_card('onnx', vit_jax.load(trained[0]), 'run', None, compared)
+  for line in (
+    '| precision | int8, calibrated on 512 images |',
+    '| accuracy | 87.50% on the 100 images of `test` |',
+    '| float32 | 2.50 MB | 12.3 ms | 90.00% |',
+    '| int8 | 1.20 MB | 4 ms | 87.50% |',
+  ):
+    assert line in text
+
+
+@pytest.mark.parametrize('fields, text', [
+    ({'crop': 0.875}, '8x12 pixels, RGB; files are cropped to fit, keeping the central 0.875 of '
+     'the shorter side, with bicubic interpolation'),
+    ({'crop': 0.5, 'stretch': True}, '8x12 pixels, RGB; files are stretched to fit, keeping the '
+     'central 0.5 of each side, with bicubic interpolation'),
+    ({'stored_size': (4, 6), 'interpolation': 'box'}, '4x6, enlarged to 8x12 pixels, RGB; files '
+     'are cropped to fit, with box interpolation'),
+])  # fmt: skip
+def test_a_card_says_how_files_become_images(fields, text):
+  assert card.images(Preprocessing((8, 12), **fields), 3) == text
+  assert 'pixels, grey;' in card.images(Preprocessing((8, 12), **fields), 1)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

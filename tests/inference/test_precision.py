@@ -1,6 +1,8 @@
 """Compares exports in lower precisions with the float32 model, and checks what their cards say."""
 
+import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +229,51 @@ def test_weights_without_a_run_are_compared_without_an_accuracy(tmp_path):
   with pytest.raises(ValueError, match='needs sample images.* Set --config.data.source'):
     exporting.export(tmp_path / 'npz', 'onnx', tmp_path / 'new', precision='int8')
   assert not (tmp_path / 'new').exists()
+
+
+def runs_of(monkeypatch, **seconds):
+  """Returns programs that take these seconds for the ten calls of each turn, and their calls."""
+  now, calls = [0.0], dict.fromkeys(seconds, 0)
+  clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+  monkeypatch.setattr(measuring, 'time', clock)
+
+  def run(name, image_BHWC):
+    assert image_BHWC.shape == (1, 8, 8, 3)
+    now[0] += seconds[name][calls[name] % 10]
+    calls[name] += 1
+
+  return {name: functools.partial(run, name) for name in seconds}, calls
+
+
+def test_the_latency_is_the_median_without_the_first_call_of_a_turn(monkeypatch):
+  runs, calls = runs_of(monkeypatch, one=[1] + [0.002] * 5 + [0.009] * 4, other=[1] + [0.01] * 9)
+  found = measuring.measure_latency(runs, np.zeros((8, 8, 3), np.uint8))
+  assert found == pytest.approx({'one': 0.002, 'other': 0.01})
+  assert calls == {'one': 100, 'other': 100}  # ten turns
+
+
+@pytest.mark.parametrize('seconds, turns', [(0.9, 4), (40, 1)])
+def test_slow_programs_get_fewer_turns_but_at_least_one(monkeypatch, seconds, turns):
+  runs, calls = runs_of(monkeypatch, one=[seconds] * 10)
+  measuring.measure_latency(runs, np.zeros((8, 8, 3), np.uint8))
+  assert calls == {'one': 10 * turns}  # no turn begins after 30 seconds
+
+
+@pytest.mark.parametrize('after, warned', [(0.7, True), (0.795, False), (0.9, False)])
+def test_a_loss_of_accuracy_is_warned_about(monkeypatch, tmp_path, caplog, after, warned):
+  quality = {'float32': 0.8, 'int8': after}
+  monkeypatch.setattr(measuring, 'measure_latency', lambda runs, _: dict.fromkeys(runs, 0.5))
+  monkeypatch.setattr(measuring, 'open_test_images', lambda _: ('test', '9 images of `test`'))
+  monkeypatch.setattr(measuring, 'measure_quality', lambda exp, run, test: quality[run])
+  folders = {name: tmp_path / name for name in quality}
+  for size, folder in enumerate(folders.values(), start=3):
+    folder.mkdir()
+    (folder / 'model.onnx').write_bytes(bytes(size))
+  program = types.SimpleNamespace(image_shape=(8, 8, 3), image_NHWC=images(5))
+  found = measuring.compare(program, lambda folder: folder.name, folders, None)
+  measured = {'float32': measuring.Measured(3, 0.5, 0.8), 'int8': measuring.Measured(4, 0.5, after)}
+  assert (found.found, found.test, found.calibrated) == (measured, '9 images of `test`', 5)
+  assert ('int8: the accuracy falls from 80.00% to 70.00%.' in caplog.text) == warned
 
 
 def test_calibration_images_are_spread_over_the_validation_split(tmp_path):

@@ -139,6 +139,15 @@ def test_activations_are_close_to_the_memory_of_a_compiled_step(fields):
     assert 0.6 * compiled < ours < 1.6 * compiled
 
 
+def test_the_text_gives_flops_and_bytes_in_the_named_units():
+  found = summarize()
+  text, step = cost.as_text(found), 32 * found.train_flops  # 32 steps of 32 images
+  assert f'Compute per training step: {step / 1e12:.4g} TFLOPs for a batch of 32.' in text
+  assert f'Steps: 32 in 1 epochs, {32 * step / 1e15:.4g} PFLOPs in all.' in text
+  held = sum(found.state_bytes.values()) + found.activation_bytes
+  assert f'State and activations on each device: {held / 2**20:,.1f} MiB.' in text
+
+
 def test_a_frozen_backbone_keeps_only_features():
   found = summarize(freeze='backbone')
   assert part(found, 'block_*/mlp').activations_mib == 0
