@@ -422,6 +422,79 @@ def test_lit_images_are_dark_where_rollout_is_zero():
   np.testing.assert_allclose(even, [[2, 0], [1, 1]])
 
 
+def test_attention_distances_are_drawn_over_their_blocks():
+  figure = draw.draw_attention_distance(np.array([[1.0, 3.0], [10.0, 20.0], [5.0, 6.0]]), 8.0)
+  (axis,) = figure.axes
+  dots = axis.collections[0].get_offsets().tolist()
+  assert dots == [[1, 1], [1, 3], [2, 10], [2, 20], [3, 5], [3, 6]]
+  lines = {line.get_label(): line.get_ydata() for line in axis.lines}
+  assert list(lines['mean of the heads']) == [2, 15, 5.5] and set(lines['even attention']) == {8}
+  assert axis.get_ylim()[1] > 20
+
+
+def tile_of(axis, row, column, shape):
+  """Returns the values of a tile that `show_mosaic` has drawn, by the places of its ticks."""
+  times = -(-16 // min(shape))  # each value is repeated, so that a side has at least 16 pixels
+  image = np.asarray(axis.images[0].get_array())
+  ends = [n * times for n in shape]
+  centre = axis.get_yticks()[row], axis.get_xticks()[column]
+  y, x = (round(middle - (end - 1) / 2) for middle, end in zip(centre, ends))
+  return image[y : y + ends[0] : times, x : x + ends[1] : times]
+
+
+def test_each_attention_map_is_scaled_by_its_own_largest_value():
+  map_RKhw = np.random.default_rng(0).uniform(0.1, 1, (3, 2, 4, 4))
+  map_RKhw[1, 1] *= 100
+  names = ['block 1', 'block 2', 'pool']
+  image = np.zeros((8, 8, 3), np.uint8)
+  axis = draw.draw_head_attention(image, map_RKhw, names).axes[1]
+  assert [text.get_text() for text in axis.get_yticklabels()] == names
+  assert [text.get_text() for text in axis.get_xticklabels()] == ['1', '2']
+  for (r, k), map_hw in ((at, map_RKhw[at]) for at in np.ndindex(3, 2)):
+    np.testing.assert_allclose(tile_of(axis, r, k, (4, 4)), map_hw / map_hw.max())
+
+
+def test_each_map_of_positions_belongs_to_the_patch_of_its_labels():
+  similarity_hwhw = np.random.default_rng(0).uniform(-1, 1, (40, 3, 40, 3))
+  axis = draw.draw_position_similarity(similarity_hwhw).axes[0]
+  rows, columns = (
+    [int(text.get_text()) for text in labels()]
+    for labels in (axis.get_yticklabels, axis.get_xticklabels)
+  )
+  assert (len(rows), rows[0], rows[-1], columns) == (16, 1, 40, [1, 2, 3])
+  assert axis.images[0].get_clim() == (-1, 1)
+  for r, c in np.ndindex(16, 3):
+    want_hw = similarity_hwhw[rows[r] - 1, columns[c] - 1]
+    np.testing.assert_array_equal(tile_of(axis, r, c, (40, 3)), want_hw)
+
+
+def test_filters_are_grey_at_zero_and_scaled_by_their_largest_value():
+  filter_FpqC = np.array([[[[0.0], [0.2]], [[-0.4], [0.4]]], [[[0.0], [1.0]], [[3.0], [-2.0]]]])
+  figure = draw.draw_filters(filter_FpqC, np.array([0.875, 0.125]))
+  drawn = [axis.images[0].get_array().tolist() for axis in figure.axes]
+  assert drawn == [[[128, 191], [0, 255]], [[128, 170], [255, 42]]]
+  assert [axis.get_title() for axis in figure.axes] == ['87.5%', '12.5%']
+
+
+def test_the_classes_with_the_lowest_accuracy_have_bars():
+  accuracy_L = np.linspace(1, 0, 50)
+  accuracy_L[[3, 49]] = np.nan, 0.5
+  names = [f'c{i}' for i in range(50)]
+  figure = charts.draw_confusion(np.ones((50, 50), int), accuracy_L, names)
+  bars = figure.axes[1]
+  lowest = [*range(48, 28, -1)]
+  assert [text.get_text() for text in bars.get_yticklabels()] == [f'c{i}' for i in lowest]
+  assert [bar.get_width() for bar in bars.patches] == accuracy_L[lowest].tolist()
+
+
+def test_a_mistake_has_its_true_class_and_its_wrong_class():
+  image_NHWC = np.stack([np.full((4, 6, 3), level, np.uint8) for level in (10, 200)])
+  figure = draw.draw_mistakes(image_NHWC, ['cat', 'dog'], ['hen', 'fox'], [0.975, 0.5])
+  titles = [(axis.get_title(), axis.texts[0].get_text()) for axis in figure.axes[:2]]
+  assert titles == [('true: cat', 'model: hen, 97.5%'), ('true: dog', 'model: fox, 50.0%')]
+  assert [axis.images[0].get_array().max() for axis in figure.axes[:2]] == [10, 200]
+
+
 @pytest.mark.slow_after_first
 @pytest.mark.parametrize('channels', [1, 3])
 def test_figures_can_be_drawn_for_images_of_any_shape(channels, tmp_path):
