@@ -113,6 +113,16 @@ def test_dropout_and_dtype_may_differ_from_the_init_run(trained):
   assert {key: str(model[key]) for key in others} == others
 
 
+def test_a_config_may_give_the_head_width_and_another_first_scale():
+  """The scale of a layer is trained, so the value in the config is only its first value."""
+  path, source = DATA / 'timm_avg_registers_qknorm_layerscale', Source({}, ('cat', 'dog'), 3, None)
+  given = {'data.image_size': '16,24', 'model.head_dim': '16', 'model.layer_scale': '0.5'}
+  model = inherit.open_init(fine_tuning(path, given), source)[0].model
+  assert (model.head_dim, model.layer_scale, model.num_heads, model.width) == (16, 0.5, 2, 32)
+  with pytest.raises(ValueError, match='model.head_dim: 8 in the config'):
+    inherit.open_init(fine_tuning(path, given | {'model.head_dim': '8'}), source)
+
+
 def test_one_mean_for_all_channels_agrees_with_three_equal_ones(weights):
   grey = {'image_mean': [0.4] * 3, 'image_std': [0.2] * 3}
   (weights / 'preprocessor_config.json').write_text(json.dumps(PROCESSOR | grey))

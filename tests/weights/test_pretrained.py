@@ -20,7 +20,7 @@ from vit_jax import opening
 from vit_jax.inference import exporting
 from vit_jax.model import positions, variants
 from vit_jax.model.vit import ViT
-from vit_jax.weights import hf, hf_config, layouts, npz, reader, timm_names
+from vit_jax.weights import hf, hf_config, layouts, npz, reader, timm, timm_names
 from vit_jax.weights.formats import Preprocessing
 
 # By folder: the arguments that its file needs, and the formats that can hold the model.
@@ -775,6 +775,31 @@ def test_timm_refuses_a_gated_mlp_with_a_map_head(tmp_path):
     params = init_params(model, np.zeros((1, 8, 8, 3), np.float32))
     with pytest.raises(ValueError, match='model.mlp') if refused else contextlib.nullcontext():
       vit_jax.save(model, params, tmp_path / pool, format='timm')
+
+
+@pytest.mark.parametrize('processor, want', [
+    (dict(do_normalize=False), dict(mean=(0.0,), std=(1.0,))),
+    (dict(do_center_crop=False, crop_size=8, size={'height': 24, 'width': 32}),
+     dict(size=(24, 32), crop=1.0, stretch=True)),
+    (dict(default_to_square=False, size=256), dict(size=(16, 16), crop=1.0, stretch=False)),
+    (dict(size={'height': 30, 'width': 40}, crop_size={'height': 24, 'width': 32}),
+     dict(size=(24, 32), crop=0.8, stretch=True)),
+])  # fmt: skip
+def test_an_image_processor_can_leave_out_steps(processor, want):
+  about = {'image_mean': [0.1] * 3, 'image_std': [0.2] * 3} | processor
+  found = hf_config.processing(about, (16, 16), 'processor')
+  assert {name: getattr(found, name) for name in want} == want
+
+
+def test_written_configs_give_height_and_width_in_the_order_of_their_library():
+  p = Preprocessing((24, 32), (0.1,), (0.2,), 'box', 0.8, stretch=True)
+  found = hf_config.processor_config(p, 3)
+  assert found['size'] == {'height': 30, 'width': 40} and found['resample'] == 4
+  assert found['crop_size'] == {'height': 24, 'width': 32} and found['do_center_crop']
+  assert (found['image_mean'], found['image_std']) == ([0.1] * 3, [0.2] * 3)
+  found = timm.pretrained_cfg(p, 3, 5)
+  assert found['input_size'] == [3, 24, 32] and found['crop_mode'] == 'squash'
+  assert (found['mean'], found['std'], found['crop_pct']) == ([0.1] * 3, [0.2] * 3, 0.8)
 
 
 def test_processors_of_grey_images_do_not_convert_to_colour():
