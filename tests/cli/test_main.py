@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import ROOT, call, error, small_config
 import vit_jax
-from vit_jax import cli, opening, storage
+from vit_jax import cli, limits, opening, storage
 from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.cli.flags import STEP, split_paths
@@ -144,6 +144,17 @@ def test_predict_writes_csv_for_a_file_pattern(capsys, trained):
   }  # fmt: skip
   assert [line['rank'] for line in lines[:2]] == ['1', '2']
   assert float(lines[0]['probability']) >= float(lines[1]['probability'])
+
+
+def test_csv_has_a_line_for_an_image_without_a_label_but_not_for_a_broken_one(capsys):
+  found = [
+    {'file': 'a.png', 'predictions': []},
+    {'file': 'b.png', 'error': 'b.png: broken'},
+    {'file': 'c.png', 'predictions': [{'class': 'cat', 'probability': 0.75}]},
+  ]
+  assert prediction.print_predictions(found, 'csv') == ['b.png: broken']
+  lines = capsys.readouterr().out.splitlines()
+  assert lines == ['file,rank,class,probability', 'a.png,,,', 'c.png,1,cat,0.75']
 
 
 def test_a_csv_header_is_printed_only_after_loading_the_weights(capsys, tmp_path):
@@ -449,6 +460,17 @@ def test_out_of_memory_in_evaluation_names_the_keys_to_change(
   assert code == 2 and message in err
 
 
+def test_the_inner_activity_explains_why_memory_ran_out():
+  with (
+    pytest.raises(limits.OutOfMemory, match=r'^Evaluation ran out of memory \(7 GiB\). Set a'),
+    limits.memory_for('--mode=train'),
+    limits.memory_for('Evaluation'),
+  ):
+    raise MemoryError('7 GiB')
+  with pytest.raises(RuntimeError, match='^another error$'), limits.memory_for('Evaluation'):
+    raise RuntimeError('another error')
+
+
 @pytest.mark.slow
 def test_out_of_memory_in_training_names_the_keys_to_change(capsys, tmp_path):
   flags = ['data.image_size=512', 'model.patch_size=1', 'model.depth=1', 'model.width=8']
@@ -614,6 +636,14 @@ def test_a_config_survives_a_json_round_trip():
   assert again.model.patch_size == (4, 2) and isinstance(again.data.image_size, tuple)
   config_lib.override(again, 'model.layer_scale', 'none')
   assert again.model.layer_scale is None
+
+
+def test_none_is_a_valid_name_and_not_a_missing_value():
+  config = config_lib.override_all(
+    config_lib.default_config(), {'model.position': 'none', 'model.depth': 'none'}
+  )
+  assert config.model.position == 'none' and config.model.depth is None
+  assert config_lib.override_all(config, {'model.position': 'None'}).model.position is None
 
 
 def test_fill_copies_the_config():
