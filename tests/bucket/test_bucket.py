@@ -151,6 +151,19 @@ def short(monkeypatch):
     monkeypatch.setattr(lease, name, value)
 
 
+def test_a_lost_lock_forbids_writing_only_to_its_own_folder():
+  def lost():
+    raise bucket.Lost('the lock is lost')
+
+  run = pathlib.PurePosixPath('gs:/bucket/run')
+  with storage.guarded(run, lost):
+    for path in (run, run / 'checkpoints' / '5'):
+      with pytest.raises(bucket.Lost):
+        storage.check_allowed(path)
+    storage.check_allowed(run.with_name('run2'))
+  storage.check_allowed(run)  # the run has ended
+
+
 def test_the_lock_of_a_dead_process_of_this_host_is_taken_over_at_once(server):
   other(server, lease.this_host(), started='another time')
   began = time.monotonic()
