@@ -467,11 +467,14 @@ def test_predict_divides_the_logits_by_the_temperature(calibrated):
     assert {p['class']: p['probability'] for p in found['predictions']} == pytest.approx(row)
 
 
-@pytest.mark.parametrize('flag, step', [((), ''), (('--step=last',), 'last')])
-def test_an_export_asks_for_the_best_checkpoint_by_default(capsys, monkeypatch, flag, step):
+@pytest.mark.parametrize('flags, step', [
+    (('--workdir=run',), ''), (('--workdir=run', '--step=last'), 'last'),
+    (('--init=run',), 'last'),  # as training starts from the last checkpoint of another run
+])  # fmt: skip
+def test_an_export_asks_for_the_best_checkpoint_by_default(capsys, monkeypatch, flags, step):
   asked = []
   monkeypatch.setattr('vit_jax.inference.export', lambda *args: asked.append(args[3]) or [])
-  code, _, _ = call(capsys, '--mode=export', '--workdir=run', '--format=npz', '--out=out', *flag)
+  code, _, _ = call(capsys, '--mode=export', '--format=npz', '--out=out', *flags)
   assert not code and asked == [step]  # '' chooses the best checkpoint, if one is rated
 
 

@@ -83,6 +83,12 @@ def test_values_that_the_config_sets_are_kept():
   assert {plan.micro_batches for plan in compiling.possible_plans(step.exp, step.mesh)} == {4}
 
 
+def test_programs_may_use_90_percent_of_the_memory_of_a_device():
+  step = Step(device_memory='2')
+  assert step.exp.budget(step.mesh) == pytest.approx(0.9 * 2 * 1024**3)
+  assert step.exp.fitted(None, step.mesh, held=10**6)._budget == step.exp.budget(step.mesh) - 10**6
+
+
 def test_without_a_limit_the_micro_batches_of_the_cache_are_used():
   step = Step()
   exp, _ = step.fit()
