@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 from jax._src.clusters import k8s_cluster
@@ -18,7 +19,7 @@ from benchmarks.pairs import write_pairs
 from tests.conftest import ROOT, small_config
 from vit_jax import bucket, evaluation, limits, storage
 from vit_jax.data import open_source
-from vit_jax.distributed import cluster, joining
+from vit_jax.distributed import agreement, backend, children, cluster, joining
 from vit_jax.storage import TRY_AGAIN
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, writer
@@ -479,6 +480,87 @@ def test_all_processes_report_a_config_difference(tmp_path):
   for i in range(2):
     said = (tmp_path / f'{i}.log').read_text().splitlines()
     assert 'config of process 1 differs from process 0: seed=0 instead of 3' in said[-1]
+
+
+def test_only_errors_without_a_device_become_a_remark_about_devices(monkeypatch):
+  with pytest.raises(RuntimeError, match='^a bug$'), backend.needed():
+    raise RuntimeError('a bug')
+
+  def devices():
+    raise RuntimeError('no cuda')
+
+  monkeypatch.setattr(backend.jax, 'devices', devices)
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  message = r'^JAX_PLATFORMS=cuda: JAX finds no such device here \(no cuda\)'
+  with pytest.raises(ValueError, match=message), backend.needed():
+    raise RuntimeError('cannot start')
+
+
+def test_signals_are_blocked_only_while_workers_start():
+  blocked = lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+  try:
+    with children.unsignalled():
+      assert blocked() >= {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    assert blocked() == before | {signal.SIGUSR1}
+  finally:
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Service:
+  """Stands in for JAX's coordination service; each question takes half a second of its clock."""
+
+  def __init__(self):
+    self.values, self.now = {}, 0.0
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    assert allow_overwrite or key not in self.values
+    self.values[key] = value
+
+  def blocking_key_value_get(self, key, milliseconds):
+    if key in self.values:
+      return self.values[key]
+    self.now += milliseconds / 1000
+    raise jax.errors.JaxRuntimeError('DEADLINE_EXCEEDED: no such key')
+
+  def key_value_dir_get(self, folder):
+    return [pair for pair in self.values.items() if pair[0].startswith(f'{folder}/')]
+
+
+@pytest.fixture
+def service(monkeypatch):
+  found = Service()
+  monkeypatch.setattr(agreement.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(agreement.multihost, 'get_jax_distributed_client', lambda: found)
+  monkeypatch.setattr(agreement, 'time', types.SimpleNamespace(monotonic=lambda: found.now))
+  return found
+
+
+def test_a_process_waits_at_each_barrier_until_its_time_limit(service):
+  process_0 = agreement.Agreement()
+  place = f'{process_0._name}/save'
+  service.values[f'{place}/1/1'] = ''  # process 1 has reached the barrier once
+  process_0.barrier(key='save', timeout_ms=3000)
+  assert f'{place}/1/all' in service.values and service.now == 0
+  with pytest.raises(TimeoutError, match='in time'):  # the second time is another barrier
+    process_0.barrier(key='save', timeout_ms=3000)
+  assert 3 <= service.now <= 4
+
+
+@pytest.mark.parametrize('failure, code', [
+    (OSError('disk full'), 2), (bucket.NoAnswer('silent'), TRY_AGAIN), (KeyError('x'), 1),
+])  # fmt: skip
+def test_a_process_at_a_barrier_learns_that_another_one_failed(service, failure, code):
+  waiting = agreement.Agreement()
+
+  def fail():
+    raise failure
+
+  with pytest.raises(type(failure)):  # with one name, this stands for another process
+    waiting.reporting(fail)()
+  with pytest.raises(ValueError, match=f'process 0: {type(failure).__name__}: ') as caught:
+    waiting.barrier(key='save', timeout_ms=60_000)
+  assert storage.exit_code(caught.value) == code and service.now < 1
 
 
 def test_check_same_names_the_process_and_the_difference(monkeypatch):
