@@ -39,6 +39,13 @@ def test_a_bar_shows_progress_and_disappears(caplog, capsys, monkeypatch):
   assert len(caplog.messages) == 1  # the bar is visible by then
 
 
+@pytest.mark.parametrize('first', [True, False])
+def test_only_process_0_shows_a_bar(capsys, monkeypatch, first):
+  monkeypatch.setattr(progress, 'is_first', lambda: first)
+  assert list(progress.counter(range(3), desc='Reading')) == [0, 1, 2]
+  assert ('Reading' in capsys.readouterr().err) == first
+
+
 @pytest.mark.slow
 def test_a_log_file_gets_few_bar_updates(capsys, monkeypatch):
   monkeypatch.setattr(progress, 'SOON', 0)

@@ -119,6 +119,12 @@ def test_kinds_follow_from_the_compiled_program():
       'attention',
     ),
     ('custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax"', 'custom-call', 'attention'),
+    ('custom-call(%a), custom_call_target="__onednn$matmul"', 'custom-call', 'matrix products'),
+    (
+      'select(%a, %a), metadata={op_name="jit(train_step)/augment/vmap(flip)/select_n"}',
+      'augment/flip/select_n',
+      'augmentation',
+    ),
     ('custom-call(%a), custom_call_target="__cublas$gemm"', 'custom-call', 'matrix products'),
     ('all-reduce-start(%a), to_apply=%add', 'all-reduce-start', 'collectives'),
     ('copy(%a)', 'copy', 'normalisation, elementwise, copies'),
