@@ -249,6 +249,16 @@ def test_a_report_shows_whether_the_run_is_finished(trained):
   assert found['training steps'] == '33, not finished' and 'test images' not in found
 
 
+@pytest.mark.parametrize('accuracy, text', [(0.5, '1.2500 nats'), (None, '1.2500')])
+def test_only_the_loss_of_a_classifier_is_in_nats(tmp_path, accuracy, text):
+  result = {'steps': 9, 'test_loss': 1.25, 'test_accuracy': accuracy, 'seconds': 4321.5}
+  (tmp_path / 'result.json').write_text(json.dumps(result))
+  subject = pictures.Subject([{'step': 9, 'split': 'train'}], *[maps.Missing('none')] * 6)
+  found = facts.numbers(subject, tmp_path)
+  assert found['test loss'] == text and ('test accuracy' in found) == (accuracy is not None)
+  assert found['seconds, including compilation'] == '4,322'
+
+
 @pytest.mark.long
 def test_checkpoint_without_metrics_and_config_is_drawn(workdir):
   for name in ('metrics.jsonl', 'result.json', 'config.json'):

@@ -2,9 +2,21 @@
 
 import json
 import shutil
+import types
 
 from vit_jax import opening
-from vit_jax.inference.about import about
+from vit_jax.inference.about import about, classes_text
+
+
+def test_many_classes_are_counted_and_the_first_ones_named():
+  names = tuple(f'c{i}' for i in range(1234))
+  task = types.SimpleNamespace(class_names=names, multi_label=False)
+  text = classes_text(types.SimpleNamespace(task=task))
+  assert text.startswith('The model knows 1,234 classes: c0, c1, ')
+  assert ', c29 and 1,204 more. An image of anything else still gets one' in text
+  task = types.SimpleNamespace(class_names=names[:30], multi_label=True)
+  text = classes_text(types.SimpleNamespace(task=task))
+  assert ', c29. An image of anything else can still get some of these labels.' in text
 
 
 def test_only_an_accuracy_on_the_data_of_the_model_is_stated(trained, tmp_path):
