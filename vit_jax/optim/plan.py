@@ -35,8 +35,9 @@ class Training:
     steps: number of steps of the whole run.
     cycles: last step of each earlier learning-rate cycle. If a finished run gets more epochs, a new
       cycle begins, with a new warm-up.
-    early_steps: number of steps with strong augmentations. These augmentations are off in the last
-      part of the first cycle (the fraction `augment.off_for_last`), and in all later cycles.
+    early_steps: number of steps with mixing and strong augmentations (`Augmentation.strong`). Both
+      are off in the last part of the first cycle (the fraction `augment.off_for_last`), and in all
+      later cycles.
     stages: pairs (last step, (height, width)), one for each image size of the run. The first stages
       can have smaller images.
     schedule: learning rate of each step.

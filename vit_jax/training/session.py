@@ -35,10 +35,10 @@ def fit(
 ) -> dict:
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
-  Training starts from the newest checkpoint if there is one. If memory runs out in a run with
-  one process, the run continues once from its newest checkpoint, with a plan that needs less memory
-  (`halved`). If there is a validation split, the last and the best checkpoint are calibrated at the
-  end.
+  Training starts from the newest checkpoint if there is one. If memory runs out in a run with one
+  process, the run continues once from its newest checkpoint. The micro-batches and `model.remat`
+  are then changed to need less memory (`halved`). If the run has a validation split and labels, a
+  `Calibration` is fitted for the last and for the best checkpoint at the end.
 
   Args:
     exp: experiment to train.
@@ -73,8 +73,8 @@ def attempt(
   """Trains until the run is finished, and returns the content of `result.json`.
 
   If memory runs out, the function returns an experiment that needs less memory, or raises the
-  error of JAX. It raises the error if `retries` is False, if the run has several processes, or if
-  the config allows no plan that needs less memory. After the function returns, nothing refers to
+  error of JAX. The error is raised if `retries` is False, if the run has several processes, or if
+  `halved` finds no setting that needs less memory. After the function returns, nothing refers to
   the arrays of the failed run, so their memory is free. All arguments except `retries` are as in
   `fit`.
   """

@@ -42,7 +42,8 @@ def loss_fn(
     frozen: all other parameters. If the step runs a teacher, the key `teacher` has the parameters
       of the teacher.
     key: random key of the step.
-    early: whether this step uses strong augmentations; None if all steps of the run use them.
+    early: whether this step mixes images and uses strong augmentations, which can be off in the
+      last part of a run (`augment.off_for_last`). None if they are on in all steps.
     exp: experiment to train.
   """
   image_key, own_key = jax.random.split(key)
@@ -69,9 +70,9 @@ def train_step(
 
   Args:
     state: state before the step.
-    batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Optional keys: `bad`
-      (`[B]`, True for images that could not be decoded) and `teacher` (`[B, L]`, logits of the
-      teacher that were computed before training).
+    batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Two keys are optional.
+      `bad` (int32 `[B]`) is the number of bad images that were skipped to find each image.
+      `teacher` (`[B, L]`) has the teacher's logits if they were computed before training.
     teacher: parameters of the teacher; None if no step runs a teacher.
     exp: experiment to train.
     training: data, steps and optimizer of the run.
@@ -80,7 +81,7 @@ def train_step(
   Returns:
     The new state and a dict of metrics: `score` (sums over the batch), `grad_norm` (before
     clipping) and `learning_rate` (of this step). If the batch has the key `bad`, the metrics also
-    contain `bad_images`, the number of images that could not be decoded.
+    contain `bad_images`, the sum of `bad`.
   """
   config = exp.config
   key = jax.random.fold_in(jax.random.key(config.seed), state.step)

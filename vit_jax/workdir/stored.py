@@ -1,4 +1,8 @@
-"""Finds, verifies and reads the checkpoints in a workdir."""
+"""Finds, verifies and reads the checkpoints in a workdir.
+
+Orbax calls the parts of a checkpoint items. `checkpoint.py` describes the four items `config`,
+`params`, `state` and `names`.
+"""
 
 import contextlib
 import logging
@@ -64,7 +68,7 @@ def newest_config(workdir: pathlib.Path) -> dict | None:
 
 
 def restore_item(workdir: pathlib.Path, step: int, item: str):
-  """Returns one item of a checkpoint: `config`, `params`, `state` or `names` (`checkpoint.py`).
+  """Returns one item (part) of a checkpoint: `config`, `params`, `state` or `names`.
 
   `config` is a dict, and each other item is a tree of NumPy arrays. For checkpoints of version
   0.1.0, the item `names` is None.
@@ -124,7 +128,7 @@ def set_aside_damaged(workdir: pathlib.Path) -> None:
   Incomplete checkpoints are moved too.
 
   Raises:
-    ValueError: all checkpoints are damaged.
+    ValueError: the workdir has complete checkpoints, but all of them are damaged.
   """
   from_first(lambda: _set_aside_damaged(workdir))
 

@@ -52,7 +52,7 @@ class Task:
 
   @classmethod
   def load(cls, saved: dict) -> 'Task':
-    """Restores a task from the value of the key `task` in a checkpoint's item `config`."""
+    """Restores a task from the key `task` of the JSON in a checkpoint (its item `config`)."""
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
 
@@ -62,11 +62,12 @@ class TrainingFiles:
 
   Attributes:
     own_N: hashes of the run's own training files, computed from the name or the content of a file.
-    inherited_N: hashes of the files that earlier runs trained the `init` weights on.
+    inherited_N: hashes of the files that the `init` weights and the teacher were trained on.
     shared_N: hashes of names that both a training file and a held-out file have. Files with these
       names are compared by content.
     own_splits: `(data.source, split)` pairs that the run itself is trained on.
-    inherited_splits: `(data.source, split)` pairs that the `init` weights were trained on.
+    inherited_splits: `(data.source, split)` pairs that the `init` weights and the teacher were
+      trained on.
   """
 
   own_N: np.ndarray = dataclasses.field(default_factory=lambda: NONE)
@@ -99,7 +100,7 @@ class TrainingFiles:
     )
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the hashes as a checkpoint's item `names`: a dict of uint64 arrays.
+    """Returns the hashes as a dict of uint64 arrays, for the item (part) `names` of a checkpoint.
 
     Each array begins with an extra 0, because orbax cannot save empty arrays.
     """
@@ -113,7 +114,8 @@ class TrainingFiles:
     Returns None if the run trained on an image folder, but did not record the files.
 
     Args:
-      saved: the item `config` of the checkpoint, plus a key `names` with the item `names`.
+      saved: the JSON of the checkpoint (its item `config`), plus a key `names` with the dict that
+        `item` has returned. The value of `names` is None if the checkpoint has no such dict.
     """
     if saved['names'] is None and saved['task'].get('fingerprint'):
       return None
