@@ -259,7 +259,7 @@ def naming_imports(saved: Mapping) -> Iterator[None]:
   imported here, because a checkpoint must not decide which code is executed.
 
   Args:
-    saved: contents of a checkpoint's item `config`; its list `imports` names the modules.
+    saved: JSON that a checkpoint of the run contains. The list `imports` names the modules.
   """
   missing = ','.join(name for name in saved.get('imports', ()) if name not in sys.modules)
   message = f'The run was trained with --import={missing}. Add this flag to the command.'

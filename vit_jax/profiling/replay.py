@@ -120,7 +120,7 @@ def config_of(item: Mapping, overrides: Mapping[str, str]) -> ConfigDict:
   """Returns the checked config of a checkpoint, with overrides applied.
 
   Args:
-    item: the checkpoint's item `config`, from `restore_item`.
+    item: JSON of the checkpoint (its item `config`), from `restore_item`.
     overrides: config keys to change, and their values as text.
 
   Raises:

@@ -2,8 +2,8 @@
 
 Decisions:
   * Neither orbax nor tensorstore notices a flipped bit in array data. So `digests.json` stores the
-    size and the CRC-32 of every file of a checkpoint's four items. A CRC detects damage, but not
-    tampering.
+    size and the CRC-32 of every file of a checkpoint's four items (parts, see `checkpoint.py`). A
+    CRC detects damage, but not tampering.
   * Checksums are computed from files, not from arrays. Therefore, a process can check them without
     the devices that wrote the arrays, and never needs memory for a whole array.
   * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file

@@ -20,7 +20,7 @@ from vit_jax.workdir import digests, items, stored
 def restore_state(
   workdir: pathlib.Path, step: int, like, shared: bool | None = None
 ) -> tuple[object, dict]:
-  """Restores the training state and the item `config` of a checkpoint.
+  """Restores the training state of a checkpoint, and its item `config` (`checkpoint.py`).
 
   Args:
     workdir: folder of the run.
