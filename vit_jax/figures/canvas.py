@@ -74,7 +74,7 @@ def bare(axis) -> None:
 
 
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
-  """Enlarges a grid of tiles `[R, C, p, q, ...]` by repeating every pixel.
+  """Enlarges R x C tiles of p x q pixels, `[R, C, p, q, ...]`, by repeating every pixel.
 
   Each enlarged tile has at least 16 pixels per side, so that `mosaic` can draw gaps that are
   thinner than a pixel of the original tiles.
@@ -84,7 +84,7 @@ def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
 
 
 def mosaic(tile_RCpq: np.ndarray, gap: int) -> np.ndarray:
-  """Arranges tiles `[R, C, p, q, ...]` in R rows and C columns of one image.
+  """Arranges tiles of p x q pixels, `[R, C, p, q, ...]`, in R rows and C columns of one image.
 
   Neighbouring tiles are separated by `gap` pixels.
   """
@@ -101,7 +101,7 @@ def show_mosaic(axis, tile_RChw: np.ndarray, rows: Sequence, columns: Sequence, 
 
   Args:
     axis: matplotlib axis to draw on.
-    tile_RChw: a map for each row and column.
+    tile_RChw: a map of h x w values for each of R rows and C columns.
     rows: names of the R rows.
     columns: names of the C columns.
     **limits: arguments of `axis.imshow`, e.g. `vmin` and `vmax`.
@@ -141,7 +141,7 @@ def evenly(size: int, most: int) -> np.ndarray:
 
 
 def resize_map(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a map `[h, w]`, which has one value per patch, to an image of `size` (H, W).
+  """Resizes a map `[h, w]`, with one value for each of h x w patches, to an image of size (H, W).
 
   Values are interpolated linearly between the centres of the patches.
   """

@@ -3,6 +3,8 @@
     feature_BhwD = dense_features(model, params, image_BHWC)
     map_BhwF, share_F = component_maps(feature_BhwD)
 
+An image has h x w patches. F is the number of components.
+
 Decisions:
   * The components are computed from the patches of all images together, so that equal colours mean
     similar features, also in different images (Oquab et al. 2023, 2304.07193, Figure 1).

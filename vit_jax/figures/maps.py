@@ -1,6 +1,6 @@
 """Computes arrays that show what a trained model attends to and has learned.
 
-`draw.py` draws these arrays.
+`draw.py` draws these arrays. K counts heads; h and w count the patches down and across.
 
     layers, read_BKN = maps.attentions(model, params, image_BHWC)
     map_Bhw = maps.rollout(layers, read_BKN.mean(axis=1), maps.grid_of(model, image_BHWC))
@@ -53,7 +53,7 @@ def attentions(
       concatenates several vectors, each vector has the same weight.
 
   Raises:
-    Missing: the pool returns all tokens, or it is not `linear` and has no `probe`.
+    Missing: the pool returns all tokens, or the pool is not `linear` and has no `probe`.
   """
   pool = POOLS[model.pool]
   if pool.tokens:
@@ -120,7 +120,7 @@ def head_attention(
   """Returns an attention map of the patches for each head of one block: `map_BKhw`.
 
   The map is the mean attention of all tokens, weighted by their contributions to the pooled output.
-  For the pool `cls`, it is the class token's attention; for `gap`, the patches' mean attention.
+  For pool `cls`, the map is the class token's attention; for `gap`, the patches' mean attention.
 
   Args:
     attention_BKNN: attention of one block.
@@ -138,8 +138,8 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
 
   Returns:
     `rollout`: `[B, h, w]`, the result of `rollout`.
-    `heads`: `[B, R, K, h, w]`, the `head_attention` of each block. If the pool has a probe, an
-      additional last row contains the attention of the probe.
+    `heads`: `[B, R, K, h, w]`, R rows with the `head_attention` of each block. If the pool has a
+      probe, an additional last row contains the attention of the probe.
     `distance`: `[B, depth, K]`, the `mean_attention_distance` of each block, in pixels.
   """
   grid = grid_of(model, image_BHWC)
@@ -233,8 +233,8 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
       values in a patch.
 
   Returns:
-    `filter_FpqC`: the components in decreasing order of variance. Each is a unit vector, whose
-      entry with the largest magnitude is positive.
+    `filter_FpqC`: F components of p x q pixels, in decreasing order of variance. Each is a unit
+      vector, whose entry with the largest magnitude is positive.
     `share_F`: the share of each component in the variance of the filters.
 
   Raises:
@@ -249,7 +249,7 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
 
 
 def patches(image_HWC: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
-  """Cuts an image into patches as the model does (paper, Figure 1): `[h, w, p, q, C]`."""
+  """Cuts an image into patches of p x q pixels (paper, Figure 1): returns `[h, w, p, q, C]`."""
   return cut(image_HWC[None], patch_size)[0]
 
 

@@ -30,10 +30,10 @@ class AttentionMaps:
   """Attention maps of B drawn images, and attention distances averaged over more images.
 
   Attributes:
-    rollout: `[B, h, w]`, attention rollout of the drawn images.
-    heads: `[B, R, K, h, w]`, an attention map for each drawn image, row and head. A row stands for
-      a block, or for the pool.
-    distance_DK: attention distance of each block and head in pixels, averaged over images.
+    rollout: `[B, h, w]`, attention rollout of the drawn images, for h x w patches.
+    heads: `[B, R, K, h, w]`, an attention map for each drawn image, row and head. R counts rows; a
+      row stands for a block, or for the pool.
+    distance_DK: attention distance of D blocks and K heads in pixels, averaged over images.
     measured: number of images over which `distance_DK` is averaged.
   """
 

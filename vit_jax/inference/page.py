@@ -35,8 +35,8 @@ class Seen(NamedTuple):
   Attributes:
     image_HWC: uint8 image at the size to which image files are resized.
     probability_L: probability of each class.
-    rollout_hw: attention of all blocks combined (`maps.rollout`); None if the pool has no attention
-      maps.
+    rollout_hw: attention of all blocks combined, for h x w patches (`maps.rollout`); None if the
+      pool has no attention maps.
     heads_RKhw: attention map of each head (K) in each block (R), as in `maps.head_attention`. If
       the pool has a learned query (`map`), the last of the R rows is the attention of this query.
       None if the pool has no attention maps.
@@ -95,7 +95,7 @@ class Viewer:
 
   @property
   def layers(self) -> list[str]:
-    """Choices of the menu for layers: rollout, each block, and a pool with its own map."""
+    """Choices of the menu for layers: rollout, each block, and the pool if it has its own map."""
     blocks = [f'block {i + 1}' for i in range(self.exp.model.depth if self.rows else 0)]
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 

@@ -1,8 +1,8 @@
 """`ADAPTERS`: small sets of parameters that are trained instead of the model's parameters.
 
 LoRA (Hu et al. 2021, 2106.09685, Section 4.1) adds a product of two narrow matrices to each kernel
-of attention and MLPs: `W + scale A B`. The LoRA paper writes alpha / r for `scale`, and r
-for the rank of A and B.
+of attention and MLPs: `W + scale A B`. The LoRA paper writes alpha / r for `scale`, and r for the
+rank of A and B.
 
 Decisions:
   * The parameters of an adapter are part of the model's parameter tree, under a top-level key with

@@ -11,12 +11,12 @@
     weights. It runs on NVIDIA GPUs in half precision.
 
 `padded` is for sequences that are padded to one length. It runs on all devices, and `select_kernel`
-never chooses it. An exported program always uses `plain`, because the device that will
-run the program is not known (see `backend.portable`).
+never chooses it. An exported program always uses `plain`, because the device that will run the
+program is not known (see `backend.portable`).
 
 The softmax runs in float32 for every compute type. Queries, keys and values have the layout
-`[B, N, K, E]`. N is the number of tokens. If there can be fewer queries than tokens, the number of
-queries is called Q.
+`[B, N, K, E]`, for N tokens and K heads of size E. If there can be fewer queries than tokens, the
+number of queries is called Q.
 """
 
 from collections.abc import Callable

@@ -47,8 +47,8 @@ class Encoder(nn.Module):
       x_BND: tokens.
       example_B: index of each example in the batch of all devices. The dropout masks of an example
         depend on this index. None at inference.
-      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each; `[B, N, E/2]` if the examples
-        have different angles. None for no rotation.
+      rope_NE: cosine and sine of the rotary angles, `[N, E/2]` each, for heads of size E. The shape
+        is `[B, N, E/2]` if the examples have different angles. None for no rotation.
       length_B: number of tokens of each example; all later tokens are padding. None: no padding.
     """
     policy, block_class = REMAT[self.remat], EncoderBlock
@@ -114,7 +114,8 @@ def kept(
 
   Args:
     x_BND: all tokens. The first `prefix` tokens are not patches, and are always kept.
-    rope_NE: cosine and sine of the rotary angles of these tokens, `[N, E/2]` each, or None.
+    rope_NE: cosine and sine of the rotary angles of these tokens, `[N, E/2]` each, for heads of
+      size E; None for no rotation.
     seen_BS: indices of the S patches to keep in each image, counted from 0 at the first patch.
     prefix: number of tokens before the patches.
 

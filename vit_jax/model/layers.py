@@ -89,7 +89,7 @@ class Dense(nn.Module):
     return y.reshape(*batch, *self.features)
 
   def weights(self, inputs: tuple[int, ...]) -> jax.Array:
-    """Returns the kernel `[*inputs, *features]`, where `inputs` are the last axes of x."""
+    """Returns the kernel `[*inputs, *features]`; `inputs` is the shape of the last axes of x."""
     matrix = math.prod(inputs), math.prod(self.features)
 
     def init_kernel(key, shape):
@@ -191,12 +191,12 @@ class Attention(nn.Module):
 
 
 def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns the hidden units `f(x W + b)`, `[B, N, M]`, where f is the activation."""
+  """Returns M hidden units `f(x W + b)` for each token, `[B, N, M]`; f is the activation."""
   return ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
 
 
 def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns the hidden units `f(x W + b) * (x V + c)` of a gated MLP: `[B, N, M]`.
+  """Returns the M hidden units `f(x W + b) * (x V + c)` of a gated MLP for each token: `[B, N, M]`.
 
   f is the activation: `silu` gives SwiGLU, and `gelu` gives GEGLU (Shazeer 2020, 2002.05202,
   equation 6, where the MLPs have no biases).
@@ -218,7 +218,7 @@ MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 
 
 class Mlp(nn.Module):
-  """The MLP of a block: hidden units of the kind `block.mlp`, then a linear layer back to `[D]`."""
+  """The MLP of a block: computes hidden units by `MLPS[block.mlp]` and projects them to `[D]`."""
 
   block: Block
 

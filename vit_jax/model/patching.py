@@ -29,7 +29,7 @@ Array = np.ndarray | jax.Array
 
 
 def cut(image_BHWC: Array, patch_size: Size) -> Array:
-  """Cuts images into patches of p x q pixels: returns `[B, h, w, p, q, C]`.
+  """Cuts images into h x w patches of p x q pixels: returns `[B, h, w, p, q, C]`.
 
   Raises:
     ValueError: the patch size does not divide the image size.
@@ -101,7 +101,7 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
 
 
 class PatchEmbedding(Dense):
-  """The linear map of a patch `[..., p, q, C]` to a token `[..., D]` (paper, equation 1).
+  """Maps patches of p x q pixels, `[..., p, q, C]`, linearly to tokens `[..., D]` (equation 1).
 
   Attributes:
     size: patch size that the parameters are for; None for the size of the given patches. For
@@ -124,7 +124,7 @@ class Padded:
   """Images of different shapes: the patches of each image, padded to the same number N.
 
   Attributes:
-    patch_BNpqC: patches of each image, row by row, then padding.
+    patch_BNpqC: patches (p x q pixels) of each image, row by row, then padding.
     count_B: number of patches of each image, int32.
     positions: `(table, angles)` of the position embedding, as `Position` describes them, for the
       grid of each image. Each array has the batch as its first axis, and is padded to N patches.

@@ -25,16 +25,16 @@ class Position:
   """A position embedding, an entry of `POSITIONS`, and its properties.
 
   `table` and `angles` receive the model with its parameters (Flax's `bind`) and two grids, each as
-  numbers of patches (down, across). `grid` is the grid of the image. `whole` is the grid that the
-  positions were made for. If the image has a different size, the two grids differ, and the
+  numbers of patches (down, across). `grid` is the grid of the image, (h, w). `whole` is the grid
+  that the positions were made for. If the image has a different size, the two grids differ, and the
   positions are stretched to the image. `model.learned(name, init, shape)` returns a learned
   parameter.
 
   Attributes:
     table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to the patches and to the
       first P of the tokens before the patches; None adds nothing.
-    angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`, which rotate queries and keys;
-      None for no rotation.
+    angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`. These arrays rotate queries and
+      keys, whose heads have the size E. None for no rotation.
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
       that resizes the parameter from its own grid to another grid when weights are loaded:
       `(array, model, own_grid, grid, method) -> array`. The method is one of `RESIZES`. None
@@ -88,7 +88,7 @@ def rope_angles(model: nn.Module, y: np.ndarray, x: np.ndarray) -> tuple[np.ndar
   tokens before the patches have angle 0, so they are not rotated.
 
   Args:
-    model: the model, which defines the base of the frequencies and E.
+    model: the model, which defines the base of the frequencies, and E, the size of a head.
     y: row coordinate of each patch, `[h, w]`.
     x: column coordinate of each patch, `[h, w]`.
   """
@@ -125,7 +125,7 @@ def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates features i and i + E/2 of each head, as a pair, by angle i of their token.
+  """Rotates features i and i + E/2 of each head (size E), as a pair, by angle i of their token.
 
   `cos_NE` and `sin_NE` are `[N, E/2]`, or `[B, N, E/2]` if examples have different angles.
   """
@@ -222,7 +222,8 @@ RESIZES = {
 def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
   """Returns the learned positions (paper, equation 1), resized to `grid`: `[1, P + h w, D]`.
 
-  The parameter `pos_embedding` holds the positions for the grid `whole`.
+  The parameter `pos_embedding` holds the positions for the grid `whole`. `Position.table` describes
+  the shape.
 
   Raises:
     ValueError: the given parameters belong to another grid.

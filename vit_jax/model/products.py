@@ -1,8 +1,8 @@
 """Matrix products that are also fast on CPUs.
 
 Decisions:
-  * Every product is two-dimensional, `[B N, D] x [D, F]`. XLA's CPU backend computes the gradient
-    of a batched product about four times slower.
+  * Every product is two-dimensional, `[N, I] x [I, O]`, with N rows, I inputs and O outputs. XLA's
+    CPU backend computes the gradient of a batched product about four times slower.
 """
 
 import jax

@@ -14,8 +14,8 @@ Decisions:
   * An image's mask depends only on the random key and on the integer `example` of the image: its
     position in the training batch, or its index in the evaluated split.
 
-Letters in array names: S counts seen patches, U unseen (hidden) patches, and T the tokens of the
-encoder's output.
+Letters in array names: S counts seen patches, U unseen (hidden) patches, P the values of a patch,
+and T the tokens of the encoder's output.
 """
 
 from typing import NamedTuple

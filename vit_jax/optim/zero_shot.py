@@ -14,8 +14,8 @@ Decisions:
     2103.00020, Section 2.5). Checkpoints of CLIP and SigLIP store the logarithm of the factor
     instead, so a value that looks like a logarithm is refused.
   * With `logit_bias`, each class has its own probability, the sigmoid of its logit (Zhai et al.
-    2023, 2303.15343, Algorithm 1). Without `logit_bias`, the
-    probabilities are the softmax of the logits.
+    2023, 2303.15343, Algorithm 1). Without `logit_bias`, the probabilities are the softmax of the
+    logits.
   * An unknown array is refused, because a misspelt `logit_bias` would change all probabilities.
 """
 

@@ -68,7 +68,7 @@ def planned(exp: Experiment, plan: Plan) -> Experiment:
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
   """Returns the experiment with the plan in a checkpoint, or `exp` if there is no plan.
 
-  `saved` is the JSON of the checkpoint (its item `config`).
+  `saved` is the JSON of the checkpoint (its part `config`).
   """
   plan = saved.get('plan')
   return planned(exp, Plan(**plan)) if plan else exp
@@ -197,7 +197,10 @@ def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
 
 
 def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
-  """Returns the shape `[B, N, K, E]` of the queries that one device computes for a micro-batch."""
+  """Returns the shape of the queries that one device computes for a micro-batch: `[B, N, K, E]`.
+
+  B is the number of images, N the number of tokens, K the number of heads, and E the head size.
+  """
   config, model = exp.config, exp.model
   parts = exp.training_parts(mesh)
   patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))

@@ -95,8 +95,9 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
   """Returns `cudnn` if it is correct and not slower than `plain`, otherwise `plain`.
 
   Args:
-    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run. The kernels
-      are timed at the last shape, which is for full image size and the longest sequence.
+    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run, for K heads
+      of size E. The kernels are timed at the last shape, which is for full image size and the
+      longest sequence.
     dtype: type of the computation.
     deterministic: whether to ignore the measured times, which vary. Then `cudnn` is chosen if it is
       correct.
@@ -123,7 +124,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
   """Describes the first incorrect output or gradient of cuDNN; returns '' if all are correct.
 
-  `shape` is the shape `[B, N, K, E]` of queries, keys and values, and `dtype` their type.
+  `shape` is the shape `[B, N, K, E]` of queries, keys and values with K heads of size E, and
+  `dtype` is their type.
   """
   for name, (factor, offset) in INPUTS.items():
     given = draw(shape, dtype, factor, offset)
@@ -163,7 +165,7 @@ def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[
 
 
 def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offset: float) -> list:
-  """Returns random queries, keys, values and output gradient of one shape `[B, N, K, E]`.
+  """Returns random queries, keys, values and output gradient, all of the given shape.
 
   Queries and keys are multiplied by `factor`. Then `offset` is added to the queries and subtracted
   from the keys.
