@@ -2,7 +2,8 @@
 
 Decisions:
   * The models are ViT, DeiT, DINOv2 with and without registers, DINOv3, and the image towers of
-    CLIP and SigLIP. `KINDS` has an entry for each `model_type`.
+    CLIP and SigLIP. `KINDS` has an entry for each `model_type`. A model consists of a body
+    (embedding, encoder) and a top (e.g. a head).
   * DeiT's distillation token becomes our first register, with its own position embedding.
   * Every field of a config is either used, or known not to affect the output. A config with any
     other field is refused, and the error names the field.
@@ -81,7 +82,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Guesses the architecture from the names of a model's arrays, if the config names none."""
+  """Returns the architecture of a model whose config names none, from the names of its arrays."""
   found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
   for name, top in found.items():
     if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):
@@ -95,8 +96,8 @@ def hf_table(
   """Returns the name table (`layouts.py`) of a whole file.
 
   Args:
-    kind: entry of `KINDS`.
-    mlp: value of `ViT.mlp`.
+    kind: entry of `KINDS` for the body.
+    mlp: kind of MLP in the blocks, the value of `ViT.mlp`.
     top: the layers after the body, such as a head.
     depth: number of blocks.
     prefixed: whether the names of the body's arrays in the file begin with `kind.prefix`.

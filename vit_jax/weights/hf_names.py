@@ -4,8 +4,8 @@ Decisions:
   * No array in a DINOv3 file shows that its positions are rotary; only the model type implies this.
     Therefore, `refuse` raises an error before a model with other positions is written as DINOv3.
   * A missing bias is not replaced by zeros, because fine-tuning would change the zeros.
-  * `pos_embed_shift`, `pos_embed_jitter` and `pos_embed_rescale` are ignored, because they change
-    DINOv3's positions only in pre-training, at random.
+  * DINOv3's `pos_embed_shift`, `_jitter` and `_rescale` are ignored: they act only in pre-training.
+  * `layouts.py` describes name tables. The body of a model consists of its embedding and encoder.
 """
 
 import numpy as np
@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns a body's name table, given a block's norms (names in the file) and the MLP's rows."""
+  """Returns the name table of a body; `norms` are the file's norm names, `mlp` the MLP's rows."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -54,7 +54,7 @@ def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
 
 
 def plain_mlp(up: str, down: str) -> list[tuple]:
-  """Returns the name table's rows for a plain MLP, from the names of its layers in the file."""
+  """Returns the name table's rows for a plain MLP; `up` and `down` are its layers in the file."""
   up, down = (f'encoder.layer.{{i}}.{name}' for name in (up, down))
   return [*torch_linear('block_{i}/mlp/up', up), *torch_linear('block_{i}/mlp/down', down)]
 
@@ -67,7 +67,7 @@ def packed_mlp() -> list[tuple]:
 
 
 def dinov2(mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of DINOv2's body, from the rows of the MLP."""
+  """Returns the name table of DINOv2's body; `mlp` has the rows of its MLP."""
   return [
     *body(('norm1', 'norm2'), mlp),
     ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),
@@ -150,7 +150,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns `width * ratio`; for a gated MLP, 2/3 of that, rounded up to a multiple of 8."""
+  """Returns `width * ratio`; for a gated MLP, 2/3 of this width, rounded up to a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 

@@ -79,7 +79,7 @@ def mlp(ours: str, theirs: str) -> list[tuple]:
 
 
 def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[tuple]:
-  """Returns the rows (as in `norm`) of an encoder block, for the names `OLDER` or `NEWER`."""
+  """Returns the rows (as in `norm`) of an encoder block; `spelling` is `OLDER` or `NEWER`."""
   names = [f'{theirs}/{name}' for name in spelling]
   return [
     *attention_rows(f'{ours}/attention', names[0]),
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the name table of a file; if `scanned`, each array stacks the weights of all blocks."""
+  """Returns the rows (as in `norm`) of a file; `scanned`: an array stacks all blocks' weights."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -207,7 +207,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Returns how many different values the group of `pattern` has in the names `inside`."""
+  """Counts the different texts that the group of `pattern` matches in the array names `inside`."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 

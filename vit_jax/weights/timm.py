@@ -77,7 +77,7 @@ VIT = [  # additional rows for `VisionTransformer`
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns the rows that only timm's `Eva` needs; `a` has the arguments of the timm model."""
+  """Returns name table rows that only timm's `Eva` needs; `a` has the timm model's arguments."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())
