@@ -77,7 +77,7 @@ class Experiment:
 
   @property
   def chosen_attention(self) -> str:
-    """The attention kernel that the run chose; `auto` if the config names a kernel itself."""
+    """The kernel that the run chose for `model.attention=auto`; `auto` if it did not choose."""
     return self.model.attention if self.config.model.attention == 'auto' else 'auto'
 
   @property
@@ -120,9 +120,9 @@ class Experiment:
   ) -> 'Experiment':
     """Returns an experiment for another image size and patch size, with the same parameters.
 
-    If an argument is None, that size does not change. Positions are stretched over the new patch
-    grid, and the patch embedding is resized. Images that are stored at the size of the model's
-    input are stored at the new size.
+    None keeps a size. The positions are stretched to the new grid of patches, and the patch
+    embedding is resized. If images are stored at the size of the model's input, their stored size
+    becomes `size`.
     """
     own, own_patch = pair(self.config.data.image_size), self.model.patch_size
     size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')
@@ -145,8 +145,8 @@ class Experiment:
 
     Args:
       params: parameters of the model, and of its adapter if it has one.
-      batch: `image` `[B, H, W, C]`. In a training step also `example` `[B]`, the position of each
-        image in the batch of the step, which selects the random numbers for the image.
+      batch: `image` `[B, H, W, C]`. In a training step, also `example` `[B]`: the index of each
+        image in the whole batch. The index selects the random numbers for the image.
       key: random key for dropout in a training step; None at inference.
     """
     if key is None:

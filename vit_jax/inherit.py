@@ -76,7 +76,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   """Returns whether a new head for these classes must replace the head of the weights.
 
-  The old head is kept only if its classes are known and equal to `classes`, and it is no k-NN head.
+  The old head is kept only if it is not a k-NN head, and its classes are known and equal `classes`.
   """
   return found.class_names != classes or found.fields.get('examples') is not None
 

@@ -42,7 +42,7 @@ FEW = 3  # a warning names classes with fewer images in a held-out split
 
 
 def image_size(config: ConfigDict) -> tuple[int, int]:
-  """Returns the (height, width) of the model's input, or `MADE` if the config sets no size."""
+  """Returns the (height, width) of the model's input; 32 x 32 (`MADE`) if the config sets none."""
   return pair(config.data.image_size or MADE)
 
 

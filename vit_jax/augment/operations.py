@@ -202,8 +202,8 @@ def fixed(number: jax.Array) -> jax.Array:
 def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
   """Interpolates or extrapolates linearly between the integers `zero` and `one`, rounding down.
 
-  `factor` is a fixed-point number from `fixed`. The factor 0 gives `zero`, and the factor `ONE`
-  gives `one`.
+  `factor` is a fixed-point number from `fixed`. The factor 0 gives `zero`. The factor `ONE`, which
+  stands for 1, gives `one`.
   """
   return zero + (factor * (one - zero) >> BITS)
 
@@ -265,10 +265,10 @@ def warp(
 ) -> jax.Array:
   """Warps each image with its matrix from `make_matrix`, with bilinear interpolation.
 
-  An output pixel becomes `FILL` if its input point is outside the image, or if `hidden_BHW` is True
-  for the output pixel. Each channel of the other output pixels is interpolated from the values of
-  the four input pixels around the input point. These four values are packed into one uint32, so
-  that a single read from memory is enough. Returns uint8 images of the same shape.
+  An output pixel becomes grey (`FILL`) if its input point is outside the image, or if `hidden_BHW`
+  is True for the output pixel. Each channel of the other output pixels is interpolated from the
+  values of the four input pixels around the input point. These four values are packed into one
+  uint32, so that a single read from memory is enough. Returns uint8 images of the same shape.
   """
   batch, height, width, channels = image_BHWC.shape
   twice_x_HW, twice_y_HW = jnp.meshgrid(2 * jnp.arange(width) + 1, 2 * jnp.arange(height) + 1)

@@ -103,7 +103,7 @@ def keys(key: jax.Array, place: int, example_B: jax.Array) -> jax.Array:
   """Returns one random key per example, for the augmentation at position `place`.
 
   `key` is the random key of the training step. `example_B` is the row number of each example in the
-  global batch. `place` is a position in `AUGMENTATIONS`, or `MIX_PLACE`.
+  global batch. `place` is a position in `AUGMENTATIONS`, or `MIX_PLACE` for mixing.
   """
   step_key = jax.random.fold_in(key, place)
   return jax.vmap(lambda example: jax.random.fold_in(step_key, example))(example_B)

@@ -83,7 +83,8 @@ def class_lines(per_class: dict[str, dict], columns: dict[str, str]) -> list[str
 
   Args:
     per_class: `{name of the class: {metric: value}}`.
-    columns: {metric: title of its column}; for `ONE`, only the first `WORST` classes are shown.
+    columns: {metric: title of its column}, either `ONE` for images with one label each, or
+      `SEVERAL`. With `ONE`, the table shows only the first five classes (`WORST`).
   """
   found = [(row['f1'], name, row) for name, row in per_class.items() if row['support']]
   found = sorted(found, key=lambda item: item[0])[: WORST if columns is ONE else None]

@@ -106,8 +106,8 @@ def given_config(args: argparse.Namespace) -> ConfigDict | None:
 def request_of(args: argparse.Namespace):
   """Returns the `opening.Request` for the model that the parsed flags describe.
 
-  The function reads the flags in `WEIGHTS`, the config overrides and, if the mode has them,
-  `CLASSES` and `MAX_PATCHES`.
+  The request depends on the flags in `WEIGHTS`, on `CLASSES` and `MAX_PATCHES`, and on the config
+  overrides. A flag that the mode does not accept has its default value.
   """
   from vit_jax.opening import Request
 

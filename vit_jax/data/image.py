@@ -152,7 +152,7 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: name from `INTERPOLATIONS`. When shrinking, all but `nearest` average pixels.
+    interpolation: name from `INTERPOLATIONS`; all except `nearest` average pixels when they shrink.
     crop: fraction of height and width that a central crop keeps before scaling.
     stretch: True: scale height and width independently; False: crop to the aspect ratio of `size`.
   """
@@ -241,9 +241,9 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether OpenCV decodes a file: a complete, upright RGB JPEG, if `channels` is 3.
+  """Returns whether `channels` is 3 and a file is a complete, upright RGB JPEG, as OpenCV needs.
 
-  Incomplete files are excluded, because OpenCV would fill their missing parts with grey.
+  OpenCV would fill the missing parts of an incomplete file with grey.
   """
   return (
     opened.format == 'JPEG'

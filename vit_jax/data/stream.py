@@ -201,7 +201,7 @@ class Stream:
   ) -> tuple[np.ndarray, int | np.ndarray, int]:
     """Returns (image, label, number of skipped examples) for `example` or the next good example.
 
-    `index` is the index of `example`. After the last example, the search goes on with the first.
+    `index` is the index of `example`. After the last example, the search continues at the first.
 
     Raises:
       image.BadImage: the image is bad and `skip_bad_images` is False, or all images are bad.

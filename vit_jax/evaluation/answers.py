@@ -66,7 +66,7 @@ def answer_split(
   mesh: jax.sharding.Mesh,
   **extra: np.ndarray,
 ) -> Iterator[Answers]:
-  """Yields the model's outputs for each batch of a split, in order, as `Answers`.
+  """Yields an `Answers` with the model's outputs for each batch of a split, in order.
 
   Args:
     eval_step: the function from `make_eval_step`.
@@ -103,8 +103,8 @@ def score_examples(
   """Returns the model's losses and predictions for all examples of a split.
 
   The result is a `Labelled` if images can have several labels, a `Losses` if the model has no
-  classes, else a `Scores`. `calibration` gives the temperature for the probabilities in `Scores`.
-  All other arguments are described in `answer_split`.
+  classes, and otherwise a `Scores`. `calibration` gives the temperature for the probabilities in
+  `Scores`. All other arguments are described in `answer_split`.
   """
   parts = []
   for found in answer_split(eval_step, params, examples, batch_size, mesh, **extra):

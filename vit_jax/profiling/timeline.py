@@ -77,9 +77,10 @@ def spans(plane) -> Iterator[tuple[str, Span]]:
 
 
 def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
-  """Returns the nanoseconds of each operation, of `WAIT` and of `IDLE`, as `{name: time}`.
+  """Returns `{name: nanoseconds}` for each operation, for `WAIT` and for `IDLE`.
 
-  The sum of these times is the time of all recorded steps.
+  `WAIT` stands for waiting for the next batch, and `IDLE` for time in which nothing ran. The sum of
+  all values is the time of all recorded steps.
 
   Args:
     trace: events of the recorded steps.
@@ -107,7 +108,10 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of an operation or of `WAIT`; time goes only to the lowest running rank."""
+  """Returns the rank of an operation or of `WAIT`, from 0 to 3.
+
+  At each moment, the time is divided among the running operations with the lowest rank.
+  """
   if name == WAIT:
     return 3
   opcode = known[name].opcode if name in known else ''
