@@ -8,7 +8,7 @@ Decisions:
   * A batch has at most as many images as the training split, except that it always has the smallest
     size that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
-    Section 2.1). The updates of the other optimizers do not grow with the gradient, so their
+    Section 2.1). The updates of the other optimizers do not grow with the gradient. So their
     learning rate is proportional to the square root of the batch size (Malladi et al. 2022,
     2205.10287).
   * The chosen values are saved with the run, and a resumed run uses them again.

@@ -59,8 +59,8 @@ def open_splits(
 
   `seen` lists the files on which the weights were trained. These files are removed from the
   validation and test splits. The final run of a learning-rate sweep also trains on the validation
-  split. So in a run with a sweep, only the files on which `init` or the teacher was trained before
-  the run are removed from the validation split.
+  split. So in a run with a sweep, the run's own training files stay in the validation split. Only
+  the files on which the `init` weights or the teacher were trained are removed from this split.
 
   Raises:
     ValueError: the weights were trained on the whole validation split or the whole test split. Or

@@ -185,8 +185,8 @@ def rand_augment(
 def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) -> jax.Array:
   """Draws a strength: a random magnitude divided by `FULL`, float scalar.
 
-  The random magnitude is drawn from a normal distribution with the mean `magnitude` and the
-  standard deviation `mstd`, and clipped to the range from 0 to `most`.
+  The random magnitude has a normal distribution with the mean `magnitude` and the standard
+  deviation `mstd`. Magnitudes outside the range from 0 to `most` are clipped to this range.
   """
   level = magnitude + mstd * jax.random.normal(key)
   return jnp.clip(level, 0, most) / FULL

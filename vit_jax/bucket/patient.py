@@ -5,8 +5,8 @@ error 503 for longer. All requests of this process use this file system, includi
 etils and orbax. Only tensorstore has its own client.
 
 A request is retried for `PATIENCE` seconds. If all requests of this period have failed, each later
-request is sent only once. So a program whose bucket is unreachable ends soon: it also
-sends requests to write its log and to remove its lock, but does not wait again for each of them.
+request is sent only once. So a program ends soon if its bucket is unreachable, although it still
+tries to write its log and to remove its lock.
 """
 
 import asyncio

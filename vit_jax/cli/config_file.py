@@ -25,7 +25,7 @@ def load_file(spec: str) -> ConfigDict:
 
   Raises:
     ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
-      unknown key; or `spec` has a variant, but `get_config` takes no argument. The message names
+      unknown key. Or `spec` has a variant, but `get_config` takes no argument. The message names
       the file. If the code of the file raised the error, the message also names the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')

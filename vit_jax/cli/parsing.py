@@ -65,8 +65,8 @@ def parse_flags(argv: Sequence[str], mode: str) -> argparse.Namespace:
   as `{key: text}`.
 
   Raises:
-    ValueError: a flag belongs to another mode, two flags exclude each other, or a path is an
-      unsupported URL or in a bucket that cannot be used.
+    ValueError: a flag belongs to another mode, or two flags exclude each other. Or a path is an
+      unsupported URL, or is in a bucket that cannot be used.
     OSError: a path is in a bucket that does not answer.
     SystemExit: a flag is unknown, or its value has the wrong type.
   """
@@ -105,8 +105,8 @@ def read_overrides(words: Sequence[str]) -> dict[str, str]:
   `--config.key` and `--noconfig.key` are also valid.
 
   Raises:
-    ValueError: an argument is not an override, a value is missing, or `--noconfig.key` has a value
-      or is used for a key that is not true or false.
+    ValueError: an argument is not an override, or a value is missing. Or `--noconfig.key` has a
+      value, or is used for a key that is not true or false.
   """
   overrides, words = {}, list(words)
   while words:

@@ -48,9 +48,9 @@ class Plan:
     stride: number of positions from the start of one batch to the start of the next.
     rows: number of rows in a batch, including padding.
     steps: the step numbers of the batches.
-    seed: for training: seed of the order of the examples and of the random crops. For evaluation:
-      None. In evaluation, nothing is cropped at random, and the sequence holds the examples in the
-      order of the split, followed by copies of the last example as padding.
+    seed: in training, the seed of the order of the examples and of the random crops. None in
+      evaluation: nothing is cropped at random, and the examples keep the order of the split. The
+      sequence then ends with copies of the last example as padding.
   """
 
   size: int

@@ -2,9 +2,9 @@
 
 Decisions:
   * Pillow decodes whole images. OpenCV decodes random crops of ordinary RGB JPEGs, and scales all
-    random crops, because crops are made again in every epoch, and OpenCV is faster than Pillow
-    (results/input.json). Pillow decodes crops of all other files. Pillow also reads the header of
-    each file that OpenCV decodes, so that the same files are accepted with and without crops.
+    random crops. OpenCV is faster than Pillow (results/input.json), which matters because crops are
+    made again in every epoch. Pillow decodes crops of all other files. Pillow also reads the header
+    of each file that OpenCV decodes, so that the same files are accepted with and without crops.
     Tests check that OpenCV's pixels are close to Pillow's.
 """
 
@@ -80,8 +80,8 @@ def decode_image(
   EXIF rotation is applied, transparent pixels get a white background, and 16-bit grey is scaled.
 
   Raises:
-    BadImage: the file `name` is not an image, is incomplete, has no 8-bit form, or has more pixels
-      than `max_pixels` (if given) or Pillow's limit against decompression bombs allow.
+    BadImage: the file `name` is not an image, is incomplete, or has no 8-bit form. Or the image has
+      more pixels than `max_pixels` (if given) or Pillow's limit against decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -260,7 +260,7 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
   The edges of the part are rounded to whole pixels. If an axis shrinks to less than half, each new
   pixel is the mean of the old pixels in its area. If the axes shrink less, they are first blurred,
   and then interpolated linearly. The blur is chosen so that both steps together have the variance
-  of Pillow's bilinear filter, which is a triangle as wide as two new pixels.
+  of Pillow's bilinear filter. This filter is a triangle as wide as two new pixels.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))

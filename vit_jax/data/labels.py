@@ -1,13 +1,13 @@
 """Reads a dataset from a label file, for `data.source=labels:<CSV or JSONL file>`.
 
 Decisions:
-  * If any row of the label file has more than one label, the dataset is multi-label: labels are
+  * If any row of the label file has more than one label, the dataset is multi-label. Its labels are
     multi-hot, and an image without a label belongs to no class. If no row has more than one label,
     a missing label is a mistake.
   * An image is identified by a hash of its path, as in `folder.py`. The hash ignores leading
-    folders that are named like a split or a class. So if a label file lists the images of a folder
-    with class folders, the sources `labels:` and `folder:` hold out the same images for testing. A
-    model that was trained with one of the two sources can be tested with the other one.
+    folders that are named like a split or a class. So the sources `labels:` and `folder:` hold out
+    the same images of a folder for testing. A model that was trained with one of the two sources
+    can be tested with the other one.
   * A mistake in the label file raises an error that names the line. Two rows for the same image are
     a mistake if their labels or their splits differ.
 """

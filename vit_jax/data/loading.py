@@ -51,8 +51,8 @@ def decide_cache(
 
   The result is `reading.cache`, if this is not `auto`. For `auto`, the result is `memory` if two
   conditions hold. First, the splits need at most half of the available memory. Second, training
-  batches from memory are the same as streamed batches (`differs` checks this), so that the outcome
-  of a run does not depend on the memory of its machine. For evaluation, only the first condition
+  batches from memory are the same as streamed batches (`differs` checks this). The outcome of a run
+  then does not depend on the memory of its machine. For evaluation, only the first condition
   counts, because evaluation batches from memory have the same pixels as streamed batches.
 
   Args:

@@ -3,10 +3,10 @@
 The alternative is `stream.py`, which decodes each image again in every epoch.
 
 Decisions:
-  * Images are kept as uint8. If all images have the same size, and the model's input is larger
-    (`common_size`), a run can keep the images at their own size, and enlarge each batch on the
-    device. This saves memory: CIFAR-10 needs 0.15 GB with its own images of 32 x 32 pixels, but
-    7.5 GB with images of 224 x 224 pixels.
+  * Images are kept as uint8. If all images have the same size, and the model's input is larger, a
+    run can keep the images at their own size (`common_size`). The device then enlarges each batch.
+    This saves memory: CIFAR-10 needs 0.15 GB with its own images of 32 x 32 pixels, but 7.5 GB with
+    images of 224 x 224 pixels.
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
@@ -150,9 +150,10 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
   """Returns the common (height, width) of all images of a split, or None.
 
-  The result is None if two images have different sizes, if an image is higher or wider than `size`,
-  or if all images have exactly the size `size`. Bad images are ignored. The function reads only the
-  headers of image files, and stops at the first image that makes the result None.
+  The result is None if two images have different sizes, or if an image is higher or wider than
+  `size`. The result is also None if all images have exactly the size `size`. Bad images are
+  ignored. The function reads only the headers of image files, and stops at the first image that
+  makes the result None.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):

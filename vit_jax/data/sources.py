@@ -158,8 +158,8 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   """Raises ValueError if pictures in the workdir would be read as images of the dataset.
 
-  This happens if the source is `folder:` or `images:`, the workdir is in the image folder of the
-  source, and the image folder has no subfolder `train/`. Paths in buckets are not checked.
+  This happens if the workdir is in the image folder of a source `folder:` or `images:`, and the
+  image folder has no subfolder `train/`. Paths in buckets are not checked.
   """
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)

@@ -183,8 +183,8 @@ class Stream:
   ) -> dict[str, np.ndarray]:
     """Returns the decoded examples at these indices, with `image` (from `stack`) and `label`.
 
-    If `skip_bad_images` is True, the dict also has `bad` `[N]` int32: for each row, the number of
-    bad images that were skipped to find a good image.
+    If `skip_bad_images` is True, the dict also has `bad` `[N]` int32. For each row, `bad` is the
+    number of bad images that were skipped to find a good image.
 
     Args:
       index_N: indices of the examples.
