@@ -3,10 +3,10 @@
 `select_kernel` chooses one of these kernels, depending on the arrays and the devices:
 
   * `plain` computes the attention weights explicitly, with operations that XLA compiles.
-  * `with_gradient` is for CPUs. It computes the same output as `plain`, but with a custom gradient
-    that makes two fewer passes over the attention weights than JAX's own gradient of `plain`. Its
-    arrays have the tokens as the last axis, so that passes and matrix products access contiguous
-    memory.
+  * `with_gradient` is for CPUs. It computes the same output as `plain`, but has a custom gradient.
+    This gradient makes two fewer passes over the attention weights than JAX's own gradient of
+    `plain`. The arrays of `with_gradient` have the tokens as the last axis, so that passes and
+    matrix products access contiguous memory.
   * `flash` is cuDNN's flash attention (Dao et al. 2022, 2205.14135). It never stores the attention
     weights. It runs on NVIDIA GPUs in half precision.
 
@@ -195,9 +195,9 @@ def backward(rate, saved, dy_BQKE):
   `saved` are the arrays from `forward`, and `dy_BQKE` is the gradient of the output. The gradient
   of the dropout mask is None.
 
-  The gradient of the softmax needs `sum_n w dw`, a sum over N tokens, where w are the attention
-  weights and dw is the gradient of the weights. This sum equals `sum_e y dy`, which has only E
-  terms. Here y is the output of attention, and dy is the gradient of the output.
+  Let w be the attention weights, and dw their gradient. Let y be the output of attention, and dy
+  its gradient. The gradient of the softmax needs `sum_n w dw`, a sum over N tokens. This sum equals
+  `sum_e y dy`, which has only E terms.
   """
   query_BKEQ, key_BKEN, value_BKEN, keep_BKNQ, weights_BKNQ, total_BK1Q, y_BKEQ = saved
   dtype = dy_BQKE.dtype

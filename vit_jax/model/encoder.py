@@ -22,7 +22,7 @@ class Encoder(nn.Module):
 
   Attributes:
     block: settings of the last block. The other blocks differ only in their rate of stochastic
-      depth, which rises linearly from 0 in the first block to the rate of the last block.
+      depth. The rate rises linearly from 0 in the first block to the rate of the last block.
     depth: number of blocks.
     final_norm: whether a LayerNorm follows the last block.
     remat: which values are saved for the backward pass, one of `REMAT`.

@@ -6,8 +6,8 @@ Decisions:
     the tokens.
   * The resized embedding assumes that patches are resized linearly with antialiasing, as
     `RESIZES['bilinear']` resizes positions.
-  * If a batch has images of different shapes, their positions are computed on the host, with the
-    functions in `POSITIONS`, so that every position embedding can be used.
+  * If a batch has images of different shapes, the functions in `POSITIONS` compute the positions of
+    each image on the host. So every position embedding can be used.
 """
 
 from collections.abc import Sequence

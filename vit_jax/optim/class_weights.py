@@ -3,10 +3,10 @@
 Decisions:
   * Weights are scaled so that their mean over all training labels is 1. Therefore, a learning rate
     that works without weights also works with weights. PyTorch keeps the scale of the loss in
-    another way: it divides the weighted loss of a batch by the sum of the weights in the batch.
+    another way. It divides the weighted loss of a batch by the sum of the weights in the batch.
   * If each image has one label, the loss of an image is multiplied by the weight of its class. If
-    images can have several labels, the weight of a class multiplies the loss of this class only for
-    images that have the class, like `pos_weight` of PyTorch's `BCEWithLogitsLoss`.
+    images can have several labels, the weight of a class multiplies the loss of this class, but
+    only for images that have the class. PyTorch's `BCEWithLogitsLoss` calls this `pos_weight`.
   * Only training uses the weights. Evaluation reports the loss without them.
 """
 

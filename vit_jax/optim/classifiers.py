@@ -2,7 +2,7 @@
 
 `knn` classifies an image by the votes of the nearest training images (`model.knn_logits`).
 
-`ridge` is the few-shot classifier of the ViT paper (2010.11929, Section 4.1): a regularised
+`ridge` is the few-shot classifier of the ViT paper (2010.11929, Section 4.1). It is a regularised
 least-squares regression from frozen features to {-1, 1}^L targets, solved in closed form. The
 details follow big_vision's `evaluators/fewshot_lsr.py`:
   * Each feature is centred and divided by its standard deviation (plus 1e-5) over the images.

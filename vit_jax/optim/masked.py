@@ -3,16 +3,16 @@
 Source: He et al. 2021 (MAE), 2111.06377, Section 3. Details that the paper omits follow its code.
 
 Decisions:
-  * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder"),
-    so a training step costs a fraction of a supervised step.
+  * The blocks of the model process only the patches that are not hidden (Section 3, "MAE encoder").
+    So a training step costs a fraction of a supervised step.
   * The decoder gets the seen patches first, then the unseen patches. The decoder of the paper gets
     all patches in the order of the image. Both orders give equal results, because each token
     contains its position embedding, and attention does not depend on the order.
   * The decoder's parameters are stored next to the model's parameters, as the entry `decoder`.
     Checkpoints contain the decoder, because a resumed run, the evaluation and figures of filled-in
     patches need it. All other uses of the trained model omit the decoder.
-  * An image's mask depends only on the random key and on the integer `example` of the image: its
-    position in the training batch, or its index in the evaluated split.
+  * An image's mask depends only on the random key and on the image's number `example`. In training,
+    `example` is the position in the batch. In evaluation, it is the index in the evaluated split.
 
 Letters in array names: S counts seen patches, U unseen (hidden) patches, P the values of a patch,
 and T the tokens of the encoder's output.

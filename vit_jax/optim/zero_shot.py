@@ -1,7 +1,7 @@
 """Classes that are given as text embeddings, for zero-shot classification with CLIP and SigLIP.
 
-The user computes the embeddings with the text tower of the checkpoint whose image tower classifies
-the images, and writes an npz file with these arrays:
+The text tower and the image tower must come from the same checkpoint. The user computes the
+embeddings with the text tower, and writes an npz file with these arrays:
   * `names` `[L]`: the name of each class.
   * `embeddings` `[L, D]`: the text embedding of each class, normalised or not.
   * `logit_scale`: the factor of the cosine similarity between an image and a class.

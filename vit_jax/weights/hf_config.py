@@ -169,8 +169,8 @@ def preprocessing(
 ) -> Preprocessing:
   """Returns the preprocessing that the image processor's config in a folder describes.
 
-  The image size in this config is used if it is a multiple of the patch size, even if the position
-  embeddings are for another size. For example, DINOv2 has positions for 518 pixels, but expects
+  The image size in this config is used if it is a multiple of the patch size. The position
+  embeddings can be for another size. For example, DINOv2 has positions for 518 pixels, but expects
   images of 224 pixels.
 
   Args:

@@ -71,9 +71,9 @@ def load(
       grid is not square, if `grid` has a different number of patches.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
-    num_classes: number of classes of the head. If the file has no head, or a head for a different
-      number, the model gets a linear head whose weights are zero, and no pre-logits layer. None
-      keeps the file's head.
+    num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
+      or a head for a different number of classes, the model gets a linear head of zeros. The
+      pre-logits layer and the projection are then removed.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
     features: output of a model without a head. `tokens` gives the normalised tokens `[B, N, D]`.
       `pooled` gives one vector for each image `[B, D]`, after the projection if the model has one.
@@ -216,7 +216,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file, or no
+    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or no
       grid is known, and the number of positions for patches is not a square number.
   """
   found = [

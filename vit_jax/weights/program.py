@@ -9,9 +9,9 @@ uint8 images `[b, H, W, C]`, for any batch size `b`. The images must already hav
 Decisions:
   * Programs return logits, because probabilities can be computed from logits, but logits cannot be
     computed from probabilities. The logits are already divided by the calibration's temperature, so
-    their softmax gives the probabilities that `predict` prints. In two cases, the probability is
-    the sigmoid of a logit instead, and `model.json` has `probabilities: sigmoid`: for zero-shot
-    classification with SigLIP, and for images with several labels. For images with several labels,
+    their softmax gives the probabilities that `predict` prints. For zero-shot classification with
+    SigLIP, and for images with several labels, the probability is the sigmoid of a logit instead.
+    In these two cases, `model.json` has `probabilities: sigmoid`. For images with several labels,
     `model.json` also has the thresholds.
   * The default precision is float32, even if training used bfloat16. StableHLO asks for full
     precision, because matrix products on a GPU or a TPU have less precision by default.

@@ -2,8 +2,8 @@
 
 Decisions:
   * Only safetensors and `.npz` without pickle are read. Formats that can run code are refused.
-  * The format is recognised by the names of the files at the path. timm and Hugging Face use the
-    same file names, so the keys of `config.json` tell them apart.
+  * The names of the files at the path show the format. Files of timm and of Hugging Face have the
+    same names, so the keys of `config.json` tell these two formats apart.
 """
 
 from collections.abc import Callable

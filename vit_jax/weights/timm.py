@@ -5,7 +5,7 @@ Decisions:
     its value comes from the architecture name (`timm_names.py`), or else from timm's defaults.
   * A written config names an architecture that timm knows, and lists every argument, so that timm
     ignores the defaults of the architecture. A config has no arguments for the norm and the kind of
-    gated MLP, so the named architecture must be one that has the right norm and MLP.
+    gated MLP. So the named architecture must be one that has the right norm and MLP.
   * If a file lacks the biases of keys, they are not replaced by zeros, because fine-tuning would
     change the zeros.
 """
