@@ -56,9 +56,9 @@ def is_first() -> bool:
 def code_after(error: BaseException) -> int:
   """Returns the exit code after an error in one of several processes.
 
-  Code 2 means a user error, so the launch scripts end the job. After any other code, they start all
-  processes again: `TRY_AGAIN` means that a bucket did not answer, and 1 that another process was
-  lost, that the processes could not connect, or that the program has a bug.
+  Code 2 means a user error, so the launch scripts end the job. After any other code, the scripts
+  start all processes again. `TRY_AGAIN` means that a bucket did not answer. Code 1 means that
+  another process was lost, that the processes could not connect, or that the program has a bug.
   """
   code = exit_code(error)
   mistake = isinstance(error, MISTAKES) and not is_from_runtime(error)

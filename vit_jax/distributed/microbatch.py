@@ -2,7 +2,7 @@
 
 Decisions:
   * If every device holds all parameters, each device works on its part of the batch independently
-    (`shard_map`), and sums over devices are computed once per step. If parameters are split over
+    (`shard_map`). Sums over devices are computed once per step. If parameters are split over
     devices, XLA partitions one program over all devices. Sharding constraints then keep the
     activations between blocks split along the batch axis.
   * On a CPU, each core is a device if the batch is large enough. Each device works through its part

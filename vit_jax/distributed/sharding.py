@@ -78,10 +78,10 @@ def size_on_device(mesh: Mesh, tree) -> int:
 def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """Returns which mesh axis splits each dimension of an array; None for dimensions that stay whole.
 
-  The mesh axis `tensor` splits the dimension that `TENSOR_AXIS` names for the array, if the length
-  of this dimension is a multiple of the size of `tensor`. The mesh axis `fsdp` splits the longest
-  other dimension whose length is a multiple of the size of `fsdp`, as in the third stage of ZeRO
-  (Rajbhandari et al. 2019, 1910.02054). However, `fsdp` does not split arrays with fewer than
+  A mesh axis can split a dimension if the dimension's length is a multiple of the axis's size. If
+  possible, the mesh axis `tensor` splits the dimension that `TENSOR_AXIS` names for the array. The
+  mesh axis `fsdp` splits the longest other dimension that it can split, as in the third stage of
+  ZeRO (Rajbhandari et al. 2019, 1910.02054). However, `fsdp` does not split arrays with fewer than
   `SPLIT_FROM` elements.
 
   Args:

@@ -4,8 +4,8 @@ Decisions:
   * Every process gets the logits of the whole batch, and computes predictions and probabilities
     from them with NumPy in float64. So the step from logits to predictions does not depend on the
     number of devices, processes or micro-batches.
-  * The logits of one batch are dropped before the next batch is computed, because the logits of all
-    images of a large split do not fit into memory. For ImageNet-21k, there are billions of logits.
+  * The logits of one batch are dropped before the next batch is computed. The logits of all batches
+    of a large split would not fit into memory: for ImageNet-21k, there are billions of logits.
   * If images can have several labels, the probabilities of all images stay in memory, because
     average precision ranks all images of the split.
 """

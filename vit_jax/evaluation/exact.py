@@ -89,10 +89,10 @@ def evaluate(
 def evaluate_checkpoint(request: Request) -> dict[str, object]:
   """Evaluates the model that a request names, and writes the result to `eval.json` of its workdir.
 
-  If the checkpoint has no calibration (temperature or thresholds), and the request does not set
-  `max_patches`, a calibration is first fitted on the validation split of the run. The calibration
-  is also saved, unless the request overrides a config key that begins with an entry of `INPUT`,
-  because such a key changes what the model computes from an image.
+  If the checkpoint has no calibration (temperature or thresholds), a calibration is first fitted on
+  the validation split of the run. If the request sets `max_patches`, nothing is fitted. The fitted
+  calibration is saved, unless the request overrides a config key that begins with an entry of
+  `INPUT`. Such a key changes what the model computes from an image.
 
   Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
   be written, a warning is logged.

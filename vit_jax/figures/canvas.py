@@ -76,8 +76,8 @@ def bare(axis) -> None:
 def enlarge(tile_RCpq: np.ndarray) -> np.ndarray:
   """Enlarges R x C tiles of p x q pixels, `[R, C, p, q, ...]`, by repeating every pixel.
 
-  Each enlarged tile has at least 16 pixels per side, so that `mosaic` can draw gaps that are
-  thinner than a pixel of the original tiles.
+  Each enlarged tile has at least 16 pixels per side. So `mosaic` can draw gaps that are thinner
+  than a pixel of the original tiles.
   """
   times = -(-16 // min(tile_RCpq.shape[2:4]))
   return tile_RCpq.repeat(times, axis=2).repeat(times, axis=3)

@@ -54,8 +54,9 @@ def begin(
   The workdir must be locked. Damaged checkpoints are moved away.
 
   Returns:
-    The content of `result.json` (None if the run is not finished), the saved config (None if the
-    workdir has no checkpoint), and the last steps of earlier cycles (see `add_cycle`).
+    The content of `result.json`; None if the run is not finished.
+    The saved config; None if the workdir has no checkpoint.
+    The last step of each earlier learning-rate cycle (see `add_cycle`).
 
   Raises:
     ValueError: this config cannot resume the run in the workdir, or the workdir is not writable.

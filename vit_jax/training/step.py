@@ -5,7 +5,7 @@ Decisions:
     key is stored, and the random numbers do not depend on the number of devices or micro-batches.
   * The objective of a step is an entry of `OBJECTIVES` in `optim/objectives.py`.
   * If mixup or cutmix mixes an image with a second image, training accuracy uses only the label of
-    the first image, even if the second image has the larger weight. So with mixup or cutmix,
+    the first image. However, the second image can have the larger weight. So with mixup or cutmix,
     training accuracy says little about the model.
 """
 

@@ -1,9 +1,9 @@
 """Tries cuDNN's attention on the GPU of a run before the run relies on it.
 
 cuDNN's backward pass has returned NaN on Hopper GPUs in other projects. Therefore, a run with
-`model.attention=auto` first compares the results of cuDNN's kernel with results of the kernel
-`plain` in float32, also for attention logits with extreme values. Then the run chooses one of the
-two kernels.
+`model.attention=auto` first compares the results of cuDNN's kernel with the results of the kernel
+`plain` in float32. The comparison includes attention logits with extreme values. Then the run
+chooses one of the two kernels.
 
 Decisions:
   * A run chooses the kernel only once. Its checkpoints contain the choice, so a resumed run uses

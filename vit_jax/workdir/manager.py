@@ -101,8 +101,8 @@ def set_array_handler() -> None:
 
   With these settings, orbax does not record the devices that held an array. If several devices
   hold copies of a large array, each of them writes a part. A small array is written from one
-  device, because dividing an array needs a call to JAX for each device, which would take longer
-  than writing a small array.
+  device. To divide an array, JAX must be called for each device, which would take longer than
+  writing a small array.
   """
   handler = type_handlers.ArrayHandler(
     enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES

@@ -1,8 +1,8 @@
 """Restores the training state of a checkpoint onto devices. Writes nothing.
 
 Decisions:
-  * If all processes can access the checkpoint, each process verifies the checksums of some of the
-    files, and reads only the shards of its own devices. If some processes cannot access the
+  * If all processes can access the checkpoint, each process verifies the checksums of some files.
+    Each process then reads only the shards of its own devices. If some processes cannot access the
     checkpoint, process 0 reads the whole state and sends it to the other processes.
 """
 
