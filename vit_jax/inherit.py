@@ -38,9 +38,9 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
   If the config sets `model.patch_size`, the patch embedding is resized to this patch size.
 
-  If the weights have the same classes as the data, the head of the weights is kept. Otherwise, a
-  head of zeros replaces the head, the pre-logits layer and the projection of the weights. If the
-  objective needs no labels, the model has no head.
+  If the weights have the same classes as the data and no k-NN head, the head of the weights is
+  kept. Otherwise, a head of zeros replaces the head, the pre-logits layer and the projection of the
+  weights. If the objective needs no labels, the model has no head.
 
   Returns:
     The config completed from the weights, the parameters, and the training files of the weights

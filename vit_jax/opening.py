@@ -101,7 +101,7 @@ def from_config(
     config: checked config of the run.
     saved: saved config of the run to resume, which has a value for each key; None for a new run.
     cycles: last step of each earlier learning-rate cycle, as in `Training`.
-    seen: training files of the run to resume; None if the run did not record them.
+    seen: training files of the run to resume; None if not recorded. Ignored for a new run.
 
   Raises:
     ValueError: the config, the data or the weights cannot be used; the message gives the remedy.
