@@ -1,12 +1,11 @@
 """Prepares the teacher of a run with distillation: the model learns from the teacher's logits.
 
 Decisions:
-  * If images are not changed at random, the teacher gives the same logits in every epoch. The
-    logits are then computed before training, once for each example, from cached features
-    (`features.py`).
-  * If images are changed at random, each training step runs the teacher. The teacher's parameters
-    are then divided among the devices like the parameters of the trained model (config keys
-    `mesh.fsdp` and `mesh.tensor`).
+  * Without augmentation, the teacher gives the same logits in every epoch. The logits are then
+    computed before training, once for each example, from cached features (`features.py`).
+  * With augmentation or `data.skip_bad_images`, each training step runs the teacher. The teacher's
+    parameters are then divided among the devices like the parameters of the trained model (config
+    keys `mesh.fsdp` and `mesh.tensor`).
   * Checkpoints do not contain the teacher's parameters.
 """
 
@@ -73,9 +72,9 @@ def with_teacher(
 
   Returns:
     The experiment, whose teacher uses the same attention kernel as the trained model.
-    The `Training`. If images are changed at random, its field `teacher` contains the teacher's
-      parameters, on the devices. If they are not, the batches of its split `train` also contain the
-      teacher's logits.
+    The `Training`. If the teacher's logits are cached (`Teacher.cached`), the batches of its split
+      `train` also contain these logits. If not, its field `teacher` contains the teacher's
+      parameters, on the devices.
   """
   if exp.teacher is None:
     return exp, training
