@@ -92,7 +92,7 @@ def named_splits(config: ConfigDict) -> list[str]:
 def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
   """Returns the (height, width) of all training images if they are smaller than the model's input.
 
-  The images can then be stored at this size, because the device enlarges them with a bicubic
+  The images can then be stored at their own size, because the device enlarges them with a bicubic
   filter. The result is None if the images have different sizes, are not smaller, or must change
   their aspect ratio. The result is also None if the config sets a crop or another filter.
   """

@@ -44,7 +44,7 @@ def operate(
   operation:
 
     * brightness, contrast, color, sharpness: Pillow's enhancement factor; 1 changes nothing.
-    * solarize: the threshold; grey levels at or above it are inverted.
+    * solarize: the threshold; grey levels at or above the threshold are inverted.
     * solarize_add: the amount added to grey levels below 128.
     * posterize: the number of high bits to keep.
     * rotate: the angle in degrees, counter-clockwise.

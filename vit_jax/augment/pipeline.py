@@ -124,8 +124,8 @@ def augment_and_mix(
       have neighbouring rows.
     image_BHWC: uint8 images.
     arguments: {name: keyword arguments} for each name in `AUGMENTATIONS`, and for `mix`.
-    early: bool scalar. It is False in the last part of a run, which disables mixing and strong
-      augmentations; before, it is True. None: mixing and strong augmentations are never disabled.
+    early: bool scalar, False in the last part of a run. False disables mixing and strong
+      augmentations, and True enables them. None: the run never disables them.
 
   Returns:
     image_BHWC: the augmented uint8 images.

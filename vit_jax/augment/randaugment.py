@@ -195,9 +195,9 @@ def strength_near(key: jax.Array, magnitude: float, mstd: float, most: float) ->
 def trivial_augment(key_B: jax.Array, image_BHWC: jax.Array, probability: float) -> jax.Array:
   """Applies one random operation to each image (Müller and Hutter 2021, 2103.10158).
 
-  The operation has a random strength. It is applied with the given probability, which is 1 in the
-  paper. Here, warps interpolate bilinearly, and pixels from outside the image are grey. In the
-  paper's code, warps take the nearest pixel, and pixels from outside the image are black.
+  The operation has a random strength, and is applied with the given probability (1 in the paper).
+  Here, warps interpolate bilinearly, and pixels from outside the image are grey. In the paper's
+  code, warps take the nearest pixel, and pixels from outside the image are black.
   """
   drawn = jax.vmap(lambda key: draw_operation(key, 'wide', any_strength, probability))(key_B)
   return operate(*drawn, image_BHWC)

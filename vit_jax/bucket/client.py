@@ -104,7 +104,7 @@ def put_if(path: os.PathLike, data: bytes, generation: int) -> int:
     The new generation of the object.
 
   Raises:
-    FileExistsError: the object has a different generation, so it was not written.
+    FileExistsError: the object has a different generation, so the data was not written.
   """
   bucket, key = bucket_and_key(path)
   fs = filesystem()
@@ -130,7 +130,7 @@ def delete_if(path: os.PathLike, generation: int) -> None:
   """Deletes an object, but only if its current generation (version number) is `generation`.
 
   Raises:
-    FileExistsError: the object has a different generation, so it was not deleted.
+    FileExistsError: the object has a different generation, and was therefore not deleted.
   """
   bucket, key = bucket_and_key(path)
   filesystem().call('DELETE', 'b/{}/o/{}', bucket, key, ifGenerationMatch=generation)

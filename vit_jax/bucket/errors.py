@@ -30,7 +30,7 @@ def why_refused(error: Exception) -> str:
 
 
 def is_passing(error: Exception) -> bool:
-  """Returns whether an error is temporary, so that it makes sense to repeat the request."""
+  """Returns whether an error is temporary, so that a repeated request can succeed."""
   if isinstance(error, FileNotFoundError | FileExistsError | ValueError | NoBucket):
     return False
   code = getattr(error, 'code', None)

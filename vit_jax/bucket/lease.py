@@ -64,7 +64,7 @@ class Owner:
 
   @classmethod
   def read(cls, content: bytes) -> 'Owner':
-    """Parses the content of a lock object; if it is damaged, `host` becomes `unknown`."""
+    """Parses the content of a lock object; damaged content gives an owner on the host `unknown`."""
     try:
       return cls(**{key: json.loads(content)[key] for key in ('host', 'pid', 'started', 'nonce')})
     except (ValueError, TypeError, KeyError):
@@ -203,7 +203,7 @@ class Lease:
     return Owner.read(content), generation
 
   def _write(self, generation: int) -> bool:
-    """Writes the lock object if its generation is `generation`; 0 means that it does not exist.
+    """Writes the lock object if its generation is `generation`; 0 stands for no lock object.
 
     Returns whether this process now owns the lock.
     """

@@ -77,8 +77,8 @@ def contents(paths: Sequence[os.PathLike]) -> list[bytes | Exception]:
 def downloaded(path: os.PathLike) -> Iterator[pathlib.Path]:
   """Context manager that downloads an object, or all objects below a path.
 
-  It yields the path of a local copy, and deletes the copy at the end. If `path` is already local,
-  nothing is downloaded, and it yields `path` itself.
+  The context manager yields the path of a local copy, and deletes the copy at the end. If `path` is
+  already local, nothing is downloaded, and `path` itself is yielded.
   """
   if not is_remote(path):
     yield path

@@ -19,8 +19,8 @@ class Flag:
   Attributes:
     name: name without the dashes.
     help: purpose, in one line.
-    type: function that converts the text to a value. If it is `pathlib.Path`, the text can also be
-      a path in a bucket (`gs://`).
+    type: function that converts the text to a value. With `pathlib.Path`, the text can also be a
+      path in a bucket (`gs://`).
     default: value if the flag is not given.
     required: True: the command must have this flag or the flag `--init`.
   """

@@ -120,7 +120,7 @@ def config_text(args: argparse.Namespace) -> str:
   """Returns the text of `--print_config`: the complete config, one line `key=value` per key.
 
   The config comes from `--config` or, without this flag, from `--workdir`. If the command has
-  neither flag, it is the default config. In all cases, overrides are applied.
+  neither flag, the default config is used. In all cases, overrides are applied.
 
   Raises:
     ValueError: the config is not valid.

@@ -152,7 +152,7 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: name from `INTERPOLATIONS`; all except `nearest` average pixels when they shrink.
+    interpolation: name from `INTERPOLATIONS`; all but `nearest` average pixels of shrinking images.
     crop: fraction of height and width that a central crop keeps before scaling.
     stretch: True: scale height and width independently; False: crop to the aspect ratio of `size`.
   """

@@ -62,7 +62,7 @@ def decide_cache(
     size: (height, width) that images are scaled to.
     kept: None for evaluation. For training, a function without arguments. If images in memory would
       be smaller than `size`, because the device enlarges them, the function returns their
-      (height, width). If images in memory would have the size `size`, it returns None.
+      (height, width). If images in memory would have the size `size`, the result is None.
   """
   if reading.cache != 'auto':
     return reading.cache

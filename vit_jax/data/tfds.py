@@ -51,8 +51,8 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
 def data_root(name: str, data_dir: str) -> pathlib.Path:
   """Returns the folder of the TFDS data: `data_dir` or, if `data_dir` is empty, a default folder.
 
-  The default is the value of the environment variable `TFDS_DATA_DIR`, if set. Without it, the
-  default is `~/tensorflow_datasets`, as in TFDS.
+  The default is the value of the environment variable `TFDS_DATA_DIR`, if set. Without this
+  variable, the default is `~/tensorflow_datasets`, as in TFDS.
 
   Raises:
     ValueError: `name` does not have the form of a dataset name.

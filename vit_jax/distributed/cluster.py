@@ -239,8 +239,8 @@ def to_host(tree):
 class Preemption:
   """Context manager that listens for SIGTERM, the notice that this job must end soon.
 
-  With several processes, JAX's preemption service listens for the signal. It makes all processes
-  stop at the same step, even if only one process got the signal.
+  With several processes, JAX's preemption service listens for the signal. The service makes all
+  processes stop at the same step, even if only one process got the signal.
 
   If contexts are nested, a signal counts for all of them. For example, a sweep trains several runs
   in one outer context. If the signal comes in the last step of a run, this run ends as usual, but

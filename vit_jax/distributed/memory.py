@@ -56,9 +56,9 @@ def first_fit(
 
   A plan is any value that changes how much memory the program needs, such as a number of
   micro-batches. The memory for a plan is first estimated, from `need` and `factor`. Plans whose
-  estimate exceeds `budget` are skipped; if all exceed it, the last plan is compiled. If a compiled
-  program does not fit, `factor` is raised so that the estimate is at least the measured memory. At
-  most `COMPILATIONS` plans are compiled.
+  estimate exceeds `budget` are skipped. If all estimates exceed it, the last plan is compiled. If a
+  compiled program does not fit, `factor` is raised so that the estimate is at least the measured
+  memory. At most `COMPILATIONS` plans are compiled.
 
   Args:
     plans: plans from the fastest one to the one that needs the least memory.

@@ -38,7 +38,7 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> E
   """Returns a compiled function that evaluates one batch: `(batch, params) -> rows`.
 
   `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
-  It contains the outputs that the config's `objective` defines, such as `logits` `[B, L]` and
+  `rows` contains the outputs that the config's `objective` defines, such as `logits` `[B, L]` and
   `loss` `[B]`, and all arrays of `batch` except the images.
 
   Args:

@@ -67,8 +67,8 @@ def draw_readable(
   """Draws training images of every class, once for each of `SEEDS`, and skips unreadable images.
 
   The number of images per class is the largest number in `SHOTS` for which every class has enough
-  images. An unreadable image is replaced by another image of its class. (In training, it is
-  replaced by the next image of the split, which may belong to a different class.)
+  images. An unreadable image is replaced by another image of its class. (In training, the next
+  image of the split replaces an unreadable image, and may belong to a different class.)
 
   Args:
     train: training split.

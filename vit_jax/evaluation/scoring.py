@@ -105,8 +105,8 @@ class Scores:
     """Returns a dict with the mean loss, the accuracies and the number of examples.
 
     The keys are `loss`, `accuracy` and `examples`. If there are more than five classes, the dict
-    also has `top5_accuracy`. If there are ReaL labels, it also has `real_accuracy`, and the number
-    of images with a ReaL label as `real_examples`.
+    also has `top5_accuracy`. If there are ReaL labels, the dict also has `real_accuracy`, and the
+    number of images with a ReaL label as `real_examples`.
     """
     found = {'loss': self.loss_N.mean(), 'accuracy': self.correct_N.mean()}
     if self.top5_N is not None:
@@ -172,7 +172,8 @@ def training_score(
 ) -> metrics.Collection:
   """Returns the loss and the accuracy of a training micro-batch, as sums that can be added up.
 
-  A micro-batch is a part of a training batch. It has no padding, so every image counts.
+  A micro-batch is a part of a training batch. Training batches have no padding, so every image
+  counts.
 
   Args:
     logits_BL: logits; None in a run without labels. The result then has no accuracy.

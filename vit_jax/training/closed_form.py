@@ -37,8 +37,8 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   """Returns the config of a run that computes a head for the features of the requested model.
 
   Args:
-    request: names the model, by its workdir or by `init`. It can also override config keys, e.g.
-      `data.source`, to use data that the run in the workdir did not use.
+    request: names the model, by its workdir or by `init`. The request can also override config
+      keys, e.g. `data.source`, to use data that the run in the workdir did not use.
     classifier: one of `CLASSIFIERS`.
 
   Raises:

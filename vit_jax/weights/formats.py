@@ -140,8 +140,8 @@ class Format:
 
   Attributes:
     save: function that writes the files. Its arguments are `(model, params, folder, preprocessing,
-      class_names)`, or `(program, folder)` for a program. It raises ValueError for a model that the
-      format cannot hold.
+      class_names)`, or `(program, folder)` for a program. The function raises ValueError for a
+      model that the format cannot hold.
     holds_labels: whether the format stores `multi_label`, which is then an argument of `save`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.

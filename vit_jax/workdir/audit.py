@@ -42,7 +42,7 @@ def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> No
   """Logs warnings about the files of a data set, in process 0.
 
   Args:
-    source: the data set. If it has no files, such as a TFDS data set, nothing is logged.
+    source: the data set. For a data set without files, such as a TFDS data set, nothing is logged.
     splits: the splits that a run uses, in TFDS notation; the first is the training split.
     streamed: whether images are decoded during training.
   """
