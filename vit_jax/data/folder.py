@@ -191,7 +191,7 @@ def warnings(
 
 
 def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
-  """Yields warnings: unused folders in `root` and `top` (training data), unused files in `root`."""
+  """Yields warnings: unused folders in `root` and `top` (training set), unused images in `root`."""
   for folder in dict.fromkeys((root, top)):
     if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
       yield (

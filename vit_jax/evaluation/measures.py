@@ -138,8 +138,7 @@ def calibration_error(bins: dict[str, np.ndarray]) -> float:
   """Computes the expected calibration error from the result of `reliability`, 0 to 1.
 
   The error of a bin is the absolute difference between its accuracy and its mean confidence. The
-  errors of the bins are averaged, weighted by their numbers of examples (Guo et al. 2017, equation
-  3).
+  bins' errors are averaged, weighted by the number of examples (Guo et al. 2017, equation 3).
   """
   gap_B = np.nan_to_num(np.abs(bins['accuracy'] - bins['confidence']))
   return float((gap_B * bins['examples']).sum() / bins['examples'].sum())

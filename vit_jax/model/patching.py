@@ -101,7 +101,7 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
 
 
 class PatchEmbedding(Dense):
-  """Maps patches of p x q pixels, `[..., p, q, C]`, linearly to tokens `[..., D]` (equation 1).
+  """Maps patches, p x q pixels `[..., p, q, C]`, linearly to tokens `[..., D]` (paper, equation 1).
 
   Attributes:
     size: patch size that the parameters are for; None for the size of the given patches. For
