@@ -31,6 +31,12 @@ def test_order_differs_for_each_seed_and_epoch():
   assert len(orders) == 36
 
 
+def test_an_epoch_has_the_same_order_in_every_version():
+  """A run that is resumed with a newer version must go on in the same order."""
+  found = batching.epoch_order(10, seed=3, epoch=2)
+  assert found.tolist() == [0, 9, 3, 8, 1, 6, 7, 5, 4, 2]
+
+
 def test_order_resumes_from_the_step_alone():
   whole = take(20, size=11, batch_size=4, seed=3, start=0)
   np.testing.assert_array_equal(take(9, size=11, batch_size=4, seed=3, start=11), whole[11:])

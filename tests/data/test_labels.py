@@ -208,6 +208,29 @@ def test_repeated_rows_count_once(tmp_path):
   )
 
 
+def test_a_label_that_is_given_twice_counts_once(tmp_path):
+  touch(tmp_path)
+  found = opened(tmp_path, edit('photos/00.jpg,a', 'photos/00.jpg,a;a'))
+  assert not found.multi_label
+
+
+def test_spaces_and_empty_lines_change_nothing(tmp_path):
+  touch(tmp_path)
+  want = opened(tmp_path, table(SINGLE))
+  found = opened(tmp_path, table(SINGLE).replace(',', ' , ').replace('\n', '\n\n'))
+  assert found.class_names == want.class_names
+  for split in ('train', 'test'):
+    assert members(found, split) == members(want, split)
+
+
+def test_without_their_labels_images_no_longer_have_several(tmp_path):
+  touch(tmp_path)
+  plain = source.unlabelled(opened(tmp_path, table(SEVERAL)))
+  assert (plain.class_names, plain.multi_label, plain.label_shape) == ((), False, ())
+  assert set(members(plain, 'train').values()) == {0}
+  assert not plain.files['train'].label_N.any() and plain.files['train'].label_N.ndim == 1
+
+
 def test_the_header_may_have_capitals(tmp_path):
   touch(tmp_path)
   found = opened(tmp_path, edit('path,label', 'Path,Label'))
@@ -234,6 +257,8 @@ def edit(old, new):
     (edit('photos/03', 'photo/03'), r'1 of 40 images do not exist: photo/03.jpg \(line 5'),
     (edit('photos/03', 'photos\\03'), "Write '/' instead"),
     (edit('photos/03', 'photos/02'), "line 5: 'photos/02.jpg' has label 'b', but line 4 gives 'a'"),
+    (table([*((*row, 'train') for row in SINGLE), (*SINGLE[0], 'test')], SPLIT),
+     "line 42: 'photos/00.jpg' has split 'test', but line 2 gives 'train'"),
     (edit('b\n', 'a\n'), 'expected at least two classes .* found 1: a'),
     ('path,label\n', 'no images are listed'),
     (table(SINGLE).encode('utf-16'), 'line 1: not UTF-8'),

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 from PIL import Image
@@ -66,6 +67,20 @@ def test_digits_are_stratified():
   assert both.max() == 255
   share = np.bincount(test.label_N) / np.bincount(np.concatenate([train.label_N, test.label_N]))
   np.testing.assert_allclose(share, 0.2, atol=0.005)
+
+
+def test_digits_are_divided_as_in_every_version():
+  """Otherwise, weights of an earlier version would be tested with their training images."""
+  source = sources.open_source('digits', '', (8, 8))
+  first = [[name for name, _, _ in source.read(split, np.arange(4))] for split in SIZES]
+  want = [1346, 295, 257, 385], [1496, 188, 705, 820]
+  assert first == [[f'digits/{i}' for i in numbers] for numbers in want]
+
+
+def test_no_generated_test_image_is_a_training_image():
+  source = sources.open_source('synthetic', '', (8, 8))
+  images = [memory.load_examples(source, split, (8, 8)).image_NHWC for split in SIZES]
+  assert len({image_HWC.tobytes() for image_HWC in np.concatenate(images)}) == 1024 + 256
 
 
 def test_digit_levels_are_rounded_to_the_nearest_byte():
@@ -326,6 +341,32 @@ def test_image_of_the_requested_size_is_cropped_too(stretch):
   out = image_lib.fit_image(image, (8, 8), crop=0.5, stretch=stretch)
   centre = image.resize((8, 8), Image.Resampling.BICUBIC, box=(2, 2, 6, 6))
   np.testing.assert_array_equal(out, np.asarray(centre))
+
+
+@pytest.mark.parametrize('stretch, box', [(False, (9, 4, 39, 28)), (True, (6, 4, 42, 28))])
+@pytest.mark.parametrize('name', image_lib.INTERPOLATIONS)
+def test_every_filter_scales_the_centre_like_pillows(name, stretch, box):
+  image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (32, 48, 3)).astype(np.uint8))
+  out = image_lib.fit_image(image, (8, 10), name, crop=0.75, stretch=stretch)
+  want = image.resize((10, 8), Image.Resampling[name.upper()], box)
+  np.testing.assert_array_equal(out, np.asarray(want))
+
+
+def test_labels_outside_of_the_classes_are_refused_or_skipped():
+  """TFDS gives the label -1 to the images of a test split whose labels are secret."""
+  labels = [0, 2, 1, -1, 1]
+
+  def read(split, indices):
+    for i in indices:
+      yield str(i), np.full((4, 4, 3), i, np.uint8), labels[i]
+
+  source = Source({'test': 5}, ('a', 'b'), 3, read)
+  for split, label in (('test[1:3]', 2), ('test[2:4]', -1)):
+    with pytest.raises(image_lib.BadImage, match=f'label {label} is not one of the 2 classes'):
+      memory.load_examples(source, split, (4, 4))
+  examples = memory.load_examples(source, 'test', (4, 4), skip_bad_images=True)
+  assert examples.image_NHWC[:, 0, 0, 0].tolist() == [0, 2, 4]
+  assert examples.label_N.tolist() == [0, 1, 1] and len(examples.skipped) == 2
 
 
 def test_bad_images_raise_or_are_skipped(tmp_path):
@@ -598,6 +639,30 @@ def test_tfds_reads_array_record():
   source = sources.open_source('tfds:mini', str(DATA / 'tfds'), (8, 8))
   assert source.sizes == {'train': 6, 'test': 3} and source.class_names == ('left', 'right')
   check_mini(source)
+
+
+def described(picture, kind):
+  """Returns a TFDS builder whose dataset has these two features."""
+  info = types.SimpleNamespace(
+    supervised_keys=('picture', 'kind'),
+    features={'image': None, 'label': None, 'picture': picture, 'kind': kind},
+    splits={'train': types.SimpleNamespace(num_examples=5)},
+  )
+  return types.SimpleNamespace(info=info, data_path='nowhere')
+
+
+def test_tfds_names_its_features_and_the_channels():
+  from tensorflow_datasets import features
+
+  kind = features.ClassLabel(names=['round', 'flat'])
+  for channels in (1, 3):
+    picture = features.Image(shape=(28, 28, channels))
+    source = tfds.tfds_source('shapes', described(picture, kind))
+    assert source.channels == channels and source.sizes == {'train': 5}
+    assert source.class_names == ('round', 'flat')
+  for wrong in ((picture, features.Scalar(np.int64)), (features.Text(), kind)):
+    with pytest.raises(ValueError, match='tfds:shapes: expected an image and a class label'):
+      tfds.tfds_source('shapes', described(*wrong))
 
 
 @pytest.mark.parametrize('how', ['missing', 'cut', 'empty'])

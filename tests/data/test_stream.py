@@ -26,7 +26,7 @@ from tests.conftest import DATA, ROOT, small_config
 from vit_jax import config as config_lib
 from vit_jax import limits, opening
 from vit_jax.augment import crops
-from vit_jax.data import batching, memory, sources, tfds
+from vit_jax.data import batching, loading, memory, sources, tfds
 from vit_jax.data import image as image_lib
 from vit_jax.data import stream as stream_lib
 from vit_jax.data.memory import Examples
@@ -134,6 +134,19 @@ def test_evaluation_batches_do_not_depend_on_workers():
   assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize('cores, workers, threads, want', [
+    (8, 0, None, 8), (8, 1, None, 8), (8, 3, None, 2), (2, 4, None, 1), (64, 2, None, 16),
+    (8, 3, 5, 5),
+])  # fmt: skip
+def test_the_processes_share_the_cores_if_no_threads_are_given(
+  monkeypatch, cores, workers, threads, want
+):
+  monkeypatch.setattr(stream_lib, 'num_cores', lambda: cores)
+  reading = loading.Reading('stream', image_lib.fit_image, workers=workers, threads=threads)
+  found = loading.open_split(reading, open_numbered().source, 'train', (12, 10))
+  assert (found.workers, found.threads) == (workers, want)
+
+
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_any_number_of_processes_makes_the_same_sequence(processes):
   stream, plan = open_numbered(crop=CROP), batching.train_plan(IDS, 8, seed=3, start=2)
@@ -228,6 +241,12 @@ def test_crops_depend_only_on_position_and_seed():
 def test_each_seed_draws_different_crops_at_every_position():
   draws = np.stack([[stream_lib.draw_uniform(seed, i) for i in range(500)] for seed in range(8)])
   assert len(np.unique(draws)) == draws.size  # 53 random bits each
+
+
+def test_a_position_has_the_same_random_numbers_in_every_version():
+  """A run that is resumed with a newer version must go on with the same crops."""
+  want = 0.08910064623458391, 0.33189185276481004, 0.16520897668188295, 0.37185566243647006
+  assert stream_lib.draw_uniform(seed=3, position=5).tolist() == list(want)
 
 
 def test_no_epoch_repeats_the_crops_of_another():
