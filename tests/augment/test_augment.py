@@ -228,19 +228,42 @@ def test_full_crop_keeps_the_image_and_smaller_crops_lie_anywhere():
   assert (np.diff(out, axis=2) >= 0).all() and np.ptp(out, axis=1).max() == 0
 
 
-def test_row_and_column_of_a_crop_are_independent():
-  size = 48
-  ramp = np.arange(0, 5 * size, 5, dtype=np.uint8)
+SIDE = 48
+CROP = jax.jit(crops.resized_crop)  # of two channels with this side, so it compiles once
+
+
+def random_crops(max_aspect):
+  """Returns (first rows and columns, heights and widths) of random crops, each `[2, 256]`."""
+  ramp = np.arange(0, 5 * SIDE, 5, dtype=np.uint8)
   image_HWC = np.stack(np.meshgrid(ramp, ramp, indexing='ij'), axis=-1)  # rows, columns
-  image_BHWC = np.broadcast_to(image_HWC, (256, size, size, 2))
-  out = np.asarray(jax.jit(crops.resized_crop)(KEYS, image_BHWC, 0.05, 4 / 3)).astype(float) / 5
-  first = np.stack([out[:, 0, size // 2, 0], out[:, size // 2, 0, 1]])
-  last = np.stack([out[:, -1, size // 2, 0], out[:, size // 2, -1, 1]])
-  length = (last - first) * size / (size - 1)
-  shares = first / (size - length)
+  image_BHWC = np.broadcast_to(image_HWC, (256, SIDE, SIDE, 2))
+  out = np.asarray(CROP(KEYS, image_BHWC, 0.05, max_aspect)).astype(float) / 5
+  first = np.stack([out[:, 0, SIDE // 2, 0], out[:, SIDE // 2, 0, 1]])
+  last = np.stack([out[:, -1, SIDE // 2, 0], out[:, SIDE // 2, -1, 1]])
+  return first, (last - first) * SIDE / (SIDE - 1)
+
+
+def test_row_and_column_of_a_crop_are_independent():
+  first, length = random_crops(4 / 3)
+  shares = first / (SIDE - length)
   small = (length < 40).all(0)  # larger crops fit in few places only
   assert small.sum() > 100 and np.ptp(shares[:, small]) > 0.9
   assert abs(np.corrcoef(shares[:, small])[0, 1]) < 0.3
+
+
+@pytest.mark.parametrize('most', [1.0, 2.0])
+def test_the_aspect_ratio_of_a_crop_is_at_most_the_given_one(most):
+  _, length = random_crops(most)
+  high, wide = length[:, (length > 12).all(0)]  # shorter sides are known less exactly
+  assert max((high / wide).max(), (wide / high).max()) == pytest.approx(most, rel=0.1)
+
+
+def test_crops_are_as_light_as_their_images():
+  """The two channels of each pixel have the sum 235, and rounding keeps this sum on average."""
+  ramp = np.broadcast_to(np.arange(0, 5 * SIDE, 5, dtype=np.uint8)[:, None], (SIDE, SIDE))
+  image_BHWC = np.broadcast_to(np.stack([ramp, 235 - ramp], axis=-1), (256, SIDE, SIDE, 2))
+  out = np.asarray(CROP(KEYS, image_BHWC, 0.05, 4 / 3)).astype(int)
+  assert out.sum(-1).mean() == pytest.approx(235, abs=0.05)
 
 
 ERASE = jax.jit(crops.erasing)  # of one shape, which compiles once
@@ -272,6 +295,13 @@ def test_erasing_reaches_every_row_and_column():
   hit = (np.asarray(ERASE(KEYS, images, 1.0, 1 / 600, 1 / 600, 1.0)) != 7).any(3)
   assert (hit.sum((1, 2)) == 1).all()
   assert hit.any((0, 2)).all() and hit.any((0, 1)).all()  # each row and each column
+
+
+def test_each_erased_pixel_has_its_own_noise():
+  images = np.full((256, 20, 30, 3), 7, np.uint8)
+  out = np.asarray(ERASE(KEYS, images, 1.0, 0.02, 1 / 3, 10 / 3))
+  colours = out[(out != 7).any(3)]
+  assert len(np.unique(colours, axis=0)) > 0.99 * len(colours)
 
 
 def test_noise_of_one_channel_does_not_depend_on_the_others():

@@ -273,6 +273,20 @@ def test_trivial_augment_draws_31_equally_likely_strengths():
   assert np.abs(counts - len(KEYS) / 31).max() < 5 * np.sqrt(len(KEYS) / 31)
 
 
+def test_randaugment_draws_with_its_probability_and_magnitudes(monkeypatch):
+  """In place of an image, each example returns the angle of its rotation, or NaN."""
+  rotate = OPERATIONS.index('rotate')
+  angle = lambda operation, argument, *_: jnp.where(operation == rotate, abs(argument), jnp.nan)
+  monkeypatch.setattr(randaugment, 'operate', angle)
+  run = jax.jit(rand_augment, static_argnums=(6,))
+  found = np.asarray(run(KEYS, jnp.zeros(len(KEYS)), 1, 20.0, 3.0, 0.5, 'big_vision'))
+  found = found[np.isfinite(found)]
+  assert len(found) / len(KEYS) == pytest.approx(0.5 / 16, abs=0.006)
+  magnitude = found / 3  # magnitude 10 turns by 30 degrees
+  assert magnitude.mean() == pytest.approx(20, abs=0.6)
+  assert magnitude.std() == pytest.approx(3, abs=0.4)
+
+
 IMAGES = images(17, 25, 3, 'noise')  # `operate` is already compiled for this shape
 IMAGE_KEYS = KEYS[: len(IMAGES)]
 
