@@ -14,9 +14,9 @@ from tests.conftest import call, run_model, small_config
 import vit_jax
 from vit_jax import evaluation, opening, storage
 from vit_jax.evaluation import answers, data, exact
-from vit_jax.experiment import mesh_for
+from vit_jax.experiment import assemble, mesh_for
 from vit_jax.training import trainer
-from vit_jax.workdir import Calibration, saved_steps
+from vit_jax.workdir import Calibration, Task, saved_steps
 from vit_jax.workdir import calibration as calibration_lib
 
 KEYS = {
@@ -128,6 +128,9 @@ def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   'overrides',
   [
     {'data.image_size': '4'},
+    {'data.crop': '0.5'},
+    {'data.interpolation': 'nearest'},
+    {'data.stretch': 'true'},
     {'data.mean': '0.2'},
     {'data.std': '0.3'},
     {'model.dtype': 'bfloat16'},
@@ -211,6 +214,19 @@ def test_eval_prints_an_interval_and_the_worst_classes(workdir, capsys):
   lowest = sorted((row['f1'], name) for name, row in result['per_class'].items())[:5]
   assert head.split()[:4] == ['precision', 'recall', 'F1', 'examples']
   assert [row.split()[2] for row in rows] == [f'{f1:.2%}' for f1, _ in lowest]
+
+
+CLASSES = tuple(f'pattern {i}' for i in range(10))
+
+
+@pytest.mark.parametrize('names, channels, message', [
+  (CLASSES[::-1], 3, 'The order differs. Use a dataset with the classes of the model'),
+  (CLASSES[:9], 3, '10 classes .* has 9 classes .* only one of the two lists: pattern 9'),
+  (CLASSES, 1, 'takes images with 1 channels, but the images in synthetic have 3'),
+])  # fmt: skip
+def test_a_dataset_that_does_not_fit_the_model_is_refused(names, channels, message):
+  with pytest.raises(ValueError, match=message):
+    data.open_data(assemble(small_config(), Task(names, (8, 8), channels)))
 
 
 def test_a_read_only_workdir_does_not_lose_the_printed_result(workdir, monkeypatch, capsys):

@@ -41,6 +41,12 @@ def test_too_few_images_of_a_class_are_refused():
     few_shot.draw_shots(LABELS, NAMES, 31, 0)
 
 
+def test_images_are_decoded_in_parts_that_fit_into_memory(monkeypatch):
+  monkeypatch.setattr(few_shot, 'PART', 4)
+  parts = few_shot.in_parts(np.arange(10))
+  assert [part.tolist() for part in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
 def reference(train, label, test, test_label):
   """Computes the accuracy of `ridge` with scikit-learn."""
   from sklearn import preprocessing

@@ -45,6 +45,12 @@ def test_a_link_to_nothing_is_found_so_that_reading_it_fails(photos):
   assert files.find_images(photos / 'a') == files.find_images(photos / 'a' / '*.png') == wanted
 
 
+def test_hidden_files_are_skipped(photos):
+  (photos / 'a' / '._0.png').touch()  # macOS writes such files beside the images
+  wanted = [photos / 'a' / '0.png', photos / 'a' / '1.png']
+  assert files.find_images(photos / 'a') == wanted
+
+
 def test_hidden_folders_are_skipped(photos):
   (photos / 'a' / '.thumbnails').mkdir()
   shutil.copy(photos / 'a' / '0.png', photos / 'a' / '.thumbnails' / '0.png')

@@ -174,6 +174,7 @@ def test_without_real_labels_the_real_accuracy_is_not_reported(photos):
 @pytest.mark.parametrize('text, split, message', [
     ('[[0], ["1"]]', 'test', 'list of lists'), ('{', 'test', 'list of lists'),
     ('[1]', 'test', 'list of lists'), ('[[6]]', 'test', 'label 6, but the labels of the data'),
+    ('[[-1]]', 'test', 'label -1, but the labels of the data'),
     ('[[0], []]', 'test', '00000002, but the data has '),
     (json.dumps([[0]] * 40), 'train', 'but the data has .*train/n0144'),
     (json.dumps([[]] * 40), 'test', 'no image of test'), (None, 'test', 'No such file'),

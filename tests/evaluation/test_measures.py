@@ -136,6 +136,23 @@ def test_the_temperature_lowers_the_calibration_error_and_keeps_the_accuracy(tem
   )
 
 
+def test_the_reliability_diagram_belongs_to_the_calibrated_error():
+  logits_NL, label_N = miscalibrated(3.0, seed=1)
+  answers, fitted = Answers(np.arange(4000), label_N, logits_NL, np.zeros(4000)), Calibration(3.0)
+  found = trust(Scores.of(answers, fitted), [*'abcdefghij'], fitted)
+  rows = [row for row in found['reliability'] if row['examples']]
+  gap = sum(row['examples'] * abs(row['accuracy'] - row['confidence']) for row in rows) / 4000
+  assert gap == pytest.approx(found['ece']) and gap < found['ece_uncalibrated'] / 2
+
+
+def test_the_confidence_of_a_sigmoid_depends_on_the_largest_logit_alone():
+  logits_NL = np.random.RandomState(0).normal(size=(50, 4)).astype(np.float32)
+  answers = Answers(np.arange(50), np.zeros(50, int), logits_NL, np.zeros(50))
+  scores = Scores.of(answers, Calibration(sigmoid=True))
+  for confidence_N in (scores.confidence_N, scores.raw_N):
+    np.testing.assert_allclose(confidence_N, special.expit(logits_NL.max(axis=1)), rtol=1e-6)
+
+
 def test_at_the_fitted_temperature_the_likelihood_has_no_slope(monkeypatch):
   logits_NL, label_N = miscalibrated(2.0, seed=2, examples=500)
   fitted = measures.fit_temperature(logits_NL, label_N)

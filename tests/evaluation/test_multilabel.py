@@ -129,6 +129,18 @@ def test_accuracy_counts_a_prediction_that_is_one_of_the_labels():
   assert nothing['accuracy'] == 0
 
 
+@pytest.mark.parametrize('labelled', [True, False])
+def test_every_image_counts_once_in_training_batches_of_different_sizes(labelled):
+  logits_NL, loss_N = jnp.eye(3)[jnp.array([0, 0, 0, 1, 1, 2, 2])], jnp.arange(7.0)
+  label_N = jnp.array([0, 1, 1, 1, 1, 2, 0])
+  batches = [
+    scoring.training_score(logits_NL[part] if labelled else None, label_N[part], loss_N[part])
+    for part in (slice(2), slice(2, 7))
+  ]
+  want = {'loss': 3, 'examples': 7} | ({'accuracy': 4 / 7} if labelled else {})
+  assert scoring.summarize(batches) == pytest.approx(want)
+
+
 def test_checkpoints_are_compared_by_mean_average_precision_if_there_is_one():
   assert scoring.quality({'accuracy': 0.5}) == 0.5
   assert scoring.quality({'accuracy': 0.5, 'mean_average_precision': 0.3}) == 0.3
