@@ -258,6 +258,13 @@ def test_the_aspect_ratio_of_a_crop_is_at_most_the_given_one(most):
   assert max((high / wide).max(), (wide / high).max()) == pytest.approx(most, rel=0.1)
 
 
+def test_the_area_of_a_crop_is_uniform_from_the_smallest_to_the_whole_image():
+  _, length = random_crops(4 / 3)
+  area = length.prod(0) / SIDE**2
+  quantiles = np.quantile(area, [0.1, 0.25, 0.5, 0.75, 0.9])
+  np.testing.assert_allclose(quantiles, [0.145, 0.2875, 0.525, 0.7625, 0.905], atol=0.08)
+
+
 def test_crops_are_as_light_as_their_images():
   """The two channels of each pixel have the sum 235, and rounding keeps this sum on average."""
   ramp = np.broadcast_to(np.arange(0, 5 * SIDE, 5, dtype=np.uint8)[:, None], (SIDE, SIDE))

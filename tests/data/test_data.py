@@ -47,14 +47,15 @@ def test_order_resumes_from_the_step_alone():
 def test_evaluation_counts_each_example_once(batch_size):
   image = np.arange(13 * 4, dtype=np.uint8).reshape(13, 2, 2, 1)
   examples = Examples(image, np.arange(13, dtype=np.int32))
-  batches = list(
-    batching.eval_batches(examples, batch_size, sharding.batch_sharding(devices_lib.make_mesh(2)))
-  )
+  over_batch = sharding.batch_sharding(devices_lib.make_mesh(2))
+  tens = 10 * np.arange(13)
+  batches = list(batching.eval_batches(examples, batch_size, over_batch, tens=tens))
   assert len({batch['image'].shape for batch in batches}) == 1
   seen = [label for b in batches for label, m in zip(b['label'], b['mask']) if m]
   assert [int(label) for label in seen] == list(range(13))
   for batch in batches:
     np.testing.assert_array_equal(batch['image'], image[np.asarray(batch['label'])])
+    np.testing.assert_array_equal(batch['tens'], 10 * batch['label'])
 
 
 def test_batch_is_split_over_the_devices():

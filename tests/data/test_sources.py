@@ -33,6 +33,7 @@ SIZES = {'train': 100, 'test': 20}
     ('train[98%:]', [('train', 98, 100)]),
     ('test+train[:5]', [('test', 0, 20), ('train', 0, 5)]),
     ('train[-3:]', [('train', 97, 100)]),
+    (' train[:5] + test ', [('train', 0, 5), ('test', 0, 20)]),
 ])  # fmt: skip
 def test_split_notation(spec, pieces):
   assert splits.resolve(spec, SIZES) == pieces
@@ -384,6 +385,15 @@ def test_bad_images_raise_or_are_skipped(tmp_path):
   ]  # fmt: skip
 
 
+def test_skipped_images_are_named_in_a_warning(caplog):
+  blank = np.zeros((2, 4, 4, 3), np.uint8)
+  examples = memory.Examples(blank, np.zeros(2, np.int32), ('a.png: empty file.', 'b.png: cut.'))
+  loading.report_split('val', examples)
+  found = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+  assert found == ['val: skipped 2 bad images:', '  a.png: empty file.', '  b.png: cut.']
+  loading.report_split('test', None)  # a run without this split
+
+
 @pytest.mark.parametrize('layout, message', [
     ([], '0 class folders'), (['a'], '1 class folders'), (['train/a', 'train/b', 'test/c'], "'c'"),
 ])  # fmt: skip
@@ -727,6 +737,15 @@ def test_a_tree_may_be_flat_or_deep_and_have_its_own_test_folder(tmp_path):
   put_images(tmp_path, ['test/4.png', 'test/.hidden/5.png', 'test/6.png'])
   source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
   assert source.sizes == {'train': 2, 'test': 2, 'val': 1}
+
+
+def test_a_tree_with_only_a_training_folder_holds_out_a_part_of_this_folder(tmp_path):
+  put_images(tmp_path, [f'train/{c}/{i}.png' for c in 'ab' for i in range(30)] + ['more/0.png'])
+  source = sources.open_source(f'images:{tmp_path}', '', (4, 4))
+  folder = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes == folder.sizes and sum(source.sizes.values()) == 60
+  for split in source.sizes:
+    np.testing.assert_array_equal(source.files[split].path_N, folder.files[split].path_N)
 
 
 def test_what_a_tree_with_a_training_folder_does_not_use_is_named_in_warnings(tmp_path):

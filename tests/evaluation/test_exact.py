@@ -12,7 +12,8 @@ from sklearn import metrics
 
 from tests.conftest import call, run_model, small_config
 import vit_jax
-from vit_jax import evaluation, opening, storage
+from vit_jax import evaluation, limits, opening, storage
+from vit_jax.data import Examples
 from vit_jax.evaluation import answers, data, exact
 from vit_jax.experiment import assemble, mesh_for
 from vit_jax.training import trainer
@@ -227,6 +228,20 @@ CLASSES = tuple(f'pattern {i}' for i in range(10))
 def test_a_dataset_that_does_not_fit_the_model_is_refused(names, channels, message):
   with pytest.raises(ValueError, match=message):
     data.open_data(assemble(small_config(), Task(names, (8, 8), channels)))
+
+
+@pytest.mark.parametrize('cache', ['memory', 'auto'])
+def test_splits_that_together_do_not_fit_into_memory_are_not_loaded(monkeypatch, cache):
+  exp = assemble(small_config(**{'data.cache': cache}), Task(CLASSES, (8, 8), 3))
+  source = data.open_data(exp)
+  parts = (source, 'train[:20]'), (source, 'test[:20]')
+  monkeypatch.setattr(limits, 'limit', lambda: 2 * 30 * 8 * 8 * 3)  # 30 images
+  assert isinstance(data.load_splits(exp, parts[0])[0], Examples)
+  if cache == 'auto':
+    assert not any(isinstance(split, Examples) for split in data.load_splits(exp, *parts))
+  else:
+    with pytest.raises(ValueError, match='40 images .*data.cache=stream'):
+      data.load_splits(exp, *parts)
 
 
 def test_a_read_only_workdir_does_not_lose_the_printed_result(workdir, monkeypatch, capsys):
