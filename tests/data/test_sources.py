@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -21,7 +22,7 @@ from tests.conftest import DATA, ROOT
 from vit_jax import limits, progress
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
-from vit_jax.data import loading, memory, sources, splits, tfds
+from vit_jax.data import loading, memory, sources, splits, stream, tfds
 from vit_jax.data.source import Source, unlabelled
 
 SIZES = {'train': 100, 'test': 20}
@@ -351,6 +352,19 @@ def test_every_filter_scales_the_centre_like_pillows(name, stretch, box):
   out = image_lib.fit_image(image, (8, 10), name, crop=0.75, stretch=stretch)
   want = image.resize((10, 8), Image.Resampling[name.upper()], box)
   np.testing.assert_array_equal(out, np.asarray(want))
+
+
+def test_an_array_of_the_requested_size_is_cropped_like_a_file():
+  source = sources.open_source('digits', '', (8, 8))
+  fit = functools.partial(image_lib.fit_image, crop=0.5)
+  whole, found = (
+    memory.load_examples(source, 'test[:9]', (8, 8), fit=f).image_NHWC
+    for f in (image_lib.fit_image, fit)
+  )
+  want = [fit(Image.fromarray(image_HWC[..., 0]), (8, 8)) for image_HWC in whole]
+  np.testing.assert_array_equal(found, want)
+  streamed = stream.open_stream(source, 'test', size=(8, 8), fit=fit)
+  np.testing.assert_array_equal(streamed.some(range(9)).image_NHWC, want)
 
 
 def test_labels_outside_of_the_classes_are_refused_or_skipped():

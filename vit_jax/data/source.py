@@ -121,8 +121,7 @@ def pixels(
 ) -> np.ndarray:
   """Decodes the image of an example, and scales it with `fit`: uint8 `[H, W, C]`.
 
-  `size` is the (height, width) of the result; None: `fit` chooses the size. If the image already is
-  an array of the size `size`, it is returned unchanged.
+  `size` is the (height, width) of the result; None: `fit` chooses the size.
 
   Raises:
     image.BadImage: the image cannot be decoded, or the source has no class for its label.
@@ -130,7 +129,7 @@ def pixels(
   name, encoded, label = example
   check_label(source, name, label)
   if isinstance(encoded, np.ndarray):
-    return encoded if encoded.shape[:2] == size else image_lib.refit(encoded, size, fit)
+    return image_lib.refit(encoded, size, fit)
   return fit(image_lib.decode_image(as_bytes(encoded), name, source.channels), size)
 
 
