@@ -391,10 +391,10 @@ def test_images_in_a_bucket_are_those_on_disk(server, tmp_path, spec):
 
 
 def test_an_empty_object_that_stands_for_a_folder_is_not_a_file(server):
-  for name in ('data/', 'data/cats/', 'data/cats/1.png', 'data2/1.png'):
+  for name in ('tree/', 'tree/cats/', 'tree/cats/1.png', 'tree2/1.png'):
     server.put('bucket', name, b'x' * name.endswith('.png'))
-  assert bucket.list_below(bucket.to_path('gs://bucket/data')) == {'cats/1.png': 1}
-  found = bucket.listed_folder('gs://bucket/data')
+  assert bucket.list_below(bucket.to_path('gs://bucket/tree')) == {'cats/1.png': 1}
+  found = bucket.listed_folder('gs://bucket/tree')
   assert [path.name for path in found.iterdir()] == ['cats'] and (found / 'cats').is_dir()
 
 
