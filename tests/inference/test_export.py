@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.export
@@ -535,6 +537,27 @@ def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='logits of the converted and the original model differ'):
     vit_jax.save(model, params, tmp_path, format='onnx')
   assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_is_compared_with_logits_in_full_precision(tmp_path, monkeypatch):
+  """GPUs and TPUs have less precision by default, so they would refuse a correct conversion."""
+  model, params = random_model()
+  made = program.Program(model, params, Preprocessing((8, 8)), None)
+  for name in ('jax2onnx', 'onnxruntime'):
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_onnx=lambda *_, **__: None))
+  exact = np.asarray(made.function()(onnx_program.noise(made)))
+  monkeypatch.setattr(onnx_program, 'open_onnx', lambda folder: lambda image_BHWC: exact)
+  traced, apply = [], type(model).apply
+
+  def watched(*args):
+    traced.append(str(jax.make_jaxpr(functools.partial(apply, *args[:-1]))(args[-1])))
+    return apply(*args)
+
+  monkeypatch.setattr(type(model), 'apply', watched)
+  onnx_program.save_onnx(made, tmp_path)
+  (found,) = traced
+  products = re.findall(r'= dot_general\[(.*?)\] ', found, re.DOTALL)
+  assert products and all('Precision.HIGHEST' in product for product in products)
 
 
 @pytest.mark.slow
