@@ -11,6 +11,7 @@ import re
 import numpy as np
 from PIL import Image
 import pytest
+from safetensors.numpy import load_file, save_file
 from scipy import special
 
 from tests.conftest import DATA, call, error, run_model
@@ -22,6 +23,9 @@ from vit_jax.evaluation import evaluate_checkpoint
 from vit_jax.inference import prediction
 from vit_jax.opening import Request
 from vit_jax.optim import TextClasses
+from vit_jax.weights import timm
+from vit_jax.weights.formats import write_params
+from vit_jax.weights.hf_towers import MEAN, STD
 
 NAMES = ('cat', 'dog', 'a bird')
 
@@ -52,19 +56,58 @@ def test_zero_shot_gives_the_logits_and_probabilities_of_transformers(name):
   assert loaded.calibration.sigmoid == (name == 'hf_siglip')
 
 
-def timm_clip(name):
-  """Returns the fixture as timm stores CLIP: the projection is a head without class names."""
-  loaded = vit_jax.load(DATA / 'hf_clip', features='pooled')
-  params = dict(loaded.params)
+@pytest.fixture
+def timm_clip(tmp_path):
+  """Returns a folder with the fixture `hf_clip` as timm stores CLIP: the projection is a head."""
+  model, params = vit_jax.load(DATA / 'hf_clip', features='pooled')
+  params = dict(params)
   head = {'kernel': params.pop('projection')['kernel'], 'bias': np.zeros(12, np.float32)}
-  return loaded.model.clone(projection=None, num_classes=12), params | {'head': head}
+  sizes = dict(img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=32 / 24)
+  about = dict(input_size=[3, 28, 28], mean=MEAN, std=STD, crop_pct=1.0)
+  config = dict(
+    architecture='vit_base_patch32_clip_quickgelu_224',
+    num_classes=12,
+    model_args=sizes,
+    pretrained_cfg=about,
+  )
+  table = timm.timm_table(timm.arguments('timm', config), False, model.depth)
+  folder = tmp_path / 'timm_clip'
+  folder.mkdir()
+  save_file(write_params(table, params | {'head': head}), folder / 'model.safetensors')
+  (folder / 'config.json').write_text(json.dumps(config))
+  return folder
 
 
-def test_the_head_of_timms_clip_is_its_projection():
-  classes = TextClasses.read(classes_of('hf_clip'), 'classes.npz')
-  model, params = classes.attach(*timm_clip('hf_clip'), (28, 28, 3))
-  logits_BL = run_model(model, params, stored('hf_clip')['image'])
+def test_the_head_of_timms_clip_is_its_projection(timm_clip):
+  image = stored('hf_clip')['image']
+  loaded = vit_jax.load(timm_clip, features='pooled')
+  np.testing.assert_allclose(
+    run_model(*loaded, image), run_model(*vit_jax.load(DATA / 'hf_clip', features='pooled'), image)
+  )
+  loaded = inherit.with_classes(loaded, inherit.open_classes(DATA / 'hf_clip' / 'classes.npz'))
+  logits_BL = run_model(loaded.model, loaded.params, image)
   np.testing.assert_allclose(logits_BL, stored('hf_clip')['logits'], atol=2e-5)
+
+
+def test_a_classifier_that_was_trained_from_timms_clip_keeps_its_head(timm_clip):
+  arrays = load_file(timm_clip / 'model.safetensors')
+  arrays['head.bias'][3] = 0.1
+  save_file(arrays, timm_clip / 'model.safetensors')
+  assert vit_jax.load(timm_clip).model.num_classes == 12
+
+
+def test_timms_clip_does_not_classify_without_classes(timm_clip, capsys, tmp_path):
+  init = f'--init={timm_clip}'
+  Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+  for argv in (('--mode=predict', f'--images={tmp_path}'), ('--mode=serve',), ('--mode=eval',)):
+    text = error(capsys, *argv, init)
+    assert 'has no head and therefore no classes' in text and 'with --classes' in text
+  code, _, text = call(
+    capsys, '--mode=export', init, '--format=stablehlo', f'--out={tmp_path / "out"}'
+  )
+  assert not code, text
+  about = json.loads((tmp_path / 'out' / 'model.json').read_text())
+  assert about['output'] == {'name': 'features', 'dtype': 'float32', 'shape': ['b', 12]}
 
 
 WRONG = [

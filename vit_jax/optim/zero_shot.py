@@ -131,7 +131,7 @@ class TextClasses:
     """Adds a head for these classes to a model, and returns the new model and parameters.
 
     Args:
-      model: a model without a head, or a CLIP model of timm, whose head is CLIP's projection.
+      model: a model without a head.
       params: parameters of the model.
       image_shape: (H, W, C) of the images.
 
@@ -140,9 +140,6 @@ class TextClasses:
         the embeddings.
     """
     classes, width = self.embedding_LD.shape
-    if model.num_classes == width and not np.any(params['head'].get('bias', 1)):
-      model = model.clone(num_classes=None, projection=width)
-      params = params | {'projection': {'kernel': params['head']['kernel']}}
     if model.num_classes is not None:
       raise ValueError(
         f'{self.origin}: zero-shot classes need weights without a head, but these weights have a '

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
-from vit_jax.weights import timm_names
+from vit_jax.weights import timm_clip, timm_names
 from vit_jax.weights.formats import (
   Preprocessing,
   Pretrained,
@@ -59,6 +59,7 @@ COMMON = [
   *torch_norm('block_{i}/mlp_norm', 'blocks.{i}.norm2'),
   *torch_linear('block_{i}/mlp/down', 'blocks.{i}.mlp.fc2'),
   *torch_linear('head', 'head'),
+  *timm_clip.ROWS,
 ]
 VIT = [  # additional rows for `VisionTransformer`
   *torch_fused('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
@@ -139,9 +140,14 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   after_pool = pool == 'gap' if after_pool is None else bool(after_pool)
   read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vision_fields
   own = read_fields(a, origin)
+  labels = next((about[k] for k in ('label_names', 'labels') if about.get(k)), None)
+  if not isinstance(labels, (list, type(None))):
+    raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
+  names = tuple(labels) if labels else None
+  projects = timm_clip.is_projection(arrays, own['pre_norm'], names)
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
-  fields = own | dict(
-    num_classes=a['num_classes'] or None,
+  fields = own | timm_clip.head_fields(a['num_classes'] or None, projects)
+  fields |= dict(
     patch_size=patch,
     width=a['embed_dim'],
     depth=a['depth'],
@@ -155,9 +161,6 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
     norm_epsilon=a['norm_epsilon'],
   )
   grid = image[0] // patch[0], image[1] // patch[1]
-  labels = next((about[k] for k in ('label_names', 'labels') if about.get(k)), None)
-  if not isinstance(labels, (list, type(None))):
-    raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
   return Weights(
     origin=str(folder),
     arrays=arrays,
@@ -173,7 +176,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
       choose(f'{origin}: crop_mode', about.get('crop_mode') or 'center', CROP_MODES),
     ),
     grid=grid,
-    class_names=tuple(labels) if labels else None,
+    class_names=names,
   )
 
 

@@ -1,0 +1,44 @@
+"""Recognises the projection of CLIP in timm's files, which store it as the head of a classifier.
+
+Without this step, CLIP's weights would classify the dimensions of the embedding.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_jax.weights.layouts import Layout
+
+# Our projection has no bias. timm stores the kernel as the head's, and adds a bias of zeros.
+ROWS = [
+  (
+    'projection/kernel',
+    ('head.weight', 'head.bias'),
+    Layout(
+      lambda theirs, shapes: [theirs[0].T],
+      lambda ours: [ours[0].T, np.zeros(ours[0].shape[1], np.float32)],
+    ),
+  )
+]
+
+
+def is_projection(
+  arrays: Mapping[str, np.ndarray], pre_norm: bool, class_names: tuple[str, ...] | None
+) -> bool:
+  """Returns whether the head in a file of timm is CLIP's projection.
+
+  A config does not tell. But only CLIP has a LayerNorm before the encoder, and only the bias of a
+  projection is zero: training a classifier changes its bias.
+
+  Args:
+    arrays: arrays of the file.
+    pre_norm: value of `ViT.pre_norm`.
+    class_names: names of the classes in the config; None if it has no names.
+  """
+  bias = arrays.get('head.bias')
+  return pre_norm and class_names is None and bias is not None and not np.any(bias)
+
+
+def head_fields(count: int | None, projects: bool) -> dict:
+  """Returns the attributes of `ViT` for a head with `count` outputs, or for CLIP's projection."""
+  return dict(num_classes=None, projection=count) if projects else dict(num_classes=count)
