@@ -25,7 +25,7 @@ from vit_jax.optim import (
   training_weights,
   without_objective,
 )
-from vit_jax.sizing import choose_open, image_size, warn_of_few
+from vit_jax.sizing import check_cropping, choose_open, image_size, warn_of_few
 from vit_jax.splitting import (
   decided,
   named_splits,
@@ -296,4 +296,5 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
       exp = with_data_classes(exp, workdir, classes)
   if request.max_patches is not None:
     exp = native(exp, params, request.max_patches)
+  check_cropping({} if request.config else request.overrides, exp)  # a config is that of the run
   return exp, params, step

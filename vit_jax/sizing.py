@@ -14,6 +14,7 @@ Decisions:
   * The chosen values are saved with the run, and a resumed run uses them again.
 """
 
+from collections.abc import Iterable
 import logging
 import math
 
@@ -23,7 +24,7 @@ import numpy as np
 from vit_jax import config as config_lib
 from vit_jax.data import BadImage, Source, count_labels, num_examples, own_size
 from vit_jax.distributed import from_first, smallest_batch
-from vit_jax.experiment import DEFAULTS, group
+from vit_jax.experiment import DEFAULTS, Experiment, group
 from vit_jax.model import variant_fields
 from vit_jax.names import abridged, pair
 
@@ -44,6 +45,29 @@ FEW = 3  # a warning names classes with fewer images in a held-out split
 def image_size(config: ConfigDict) -> tuple[int, int]:
   """Returns the (height, width) of the model's input; 32 x 32 (`MADE`) if the config sets none."""
   return pair(config.data.image_size or MADE)
+
+
+def check_cropping(overrides: Iterable[str], exp: Experiment) -> None:
+  """Raises ValueError if overrides set a crop for a model whose images are never cropped.
+
+  Args:
+    overrides: config keys that the user overrides.
+    exp: experiment of the trained model, with these overrides.
+  """
+  keys = [key for key in ('data.crop', 'data.stretch') if key in overrides]
+  if not keys:
+    return
+  if exp.pack:
+    reason = 'with --max_patches, images keep their aspect ratio and are not cropped'
+  elif 'crop' not in exp.fit.keywords:
+    height, width = exp.task.stored_size
+    reason = (
+      f'this model was trained on whole images of {height}x{width} pixels, which it enlarges. It '
+      'scales other images to this size in the same way'
+    )
+  else:
+    return
+  raise ValueError(f'{" and ".join(keys)} would have no effect: {reason}. Remove the override.')
 
 
 def choose_open(config: ConfigDict, source: Source | None) -> ConfigDict:

@@ -244,6 +244,25 @@ def test_splits_that_together_do_not_fit_into_memory_are_not_loaded(monkeypatch,
       data.load_splits(exp, *parts)
 
 
+def test_a_crop_that_would_have_no_effect_is_refused(tmp_path, capsys):
+  """Small images are kept whole in memory, and images with `max_patches` keep their shape."""
+  small = {'data.source': 'digits', 'data.cache': 'memory', 'epochs': '0', 'model.patch_size': '4'}
+  trainer.train(small_config(**small | {'data.image_size': '16'}), tmp_path / 'small')
+  trainer.train(small_config(**small | {'data.image_size': '8'}), tmp_path / 'same')
+  for key, value in (('data.crop', '0.5'), ('data.stretch', 'true')):
+    where = f'--workdir={tmp_path / "small"}', f'--config.{key}={value}'
+    code, _, text = call(capsys, '--mode=eval', *where)
+    assert code == 2 and f'error: {key} would have no effect: ' in text, text
+    assert 'whole images of 8x8 pixels' in text
+    init = str(tmp_path / 'small')
+    with pytest.raises(ValueError, match=f'{key} would have no effect'):
+      opening.open_model(opening.Request(init=init, overrides={key: value}))
+    with pytest.raises(ValueError, match=f'{key} would have no effect: with --max_patches'):
+      vit_jax.evaluate(tmp_path / 'same', {key: value}, max_patches=4)
+    assert vit_jax.evaluate(tmp_path / 'same', {key: value})['overrides'] == {key: value}
+  assert not (tmp_path / 'small' / 'eval.json').exists()
+
+
 def test_a_read_only_workdir_does_not_lose_the_printed_result(workdir, monkeypatch, capsys):
   (workdir / 'calibration.json').unlink()
 
