@@ -3,12 +3,15 @@
 Decisions:
   * The accuracy is computed as in `--mode=eval`, but the logits come from the exported program. So
     the accuracy includes the effect of the conversion.
+  * A zero-shot program has the classes of its file. As in `--mode=eval`, its logits are first
+    reduced to the classes of the data, in the order of the data.
   * The latency of a program is its median time for a batch of one image. The programs take turns,
     so that other work on the machine slows all programs equally. Each turn has several calls. The
     first call of a turn does not count, because threads of the previous program can still be busy.
 """
 
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
 import logging
 import os
@@ -123,6 +126,9 @@ def open_experiment(
   if 'data.source' not in overrides:
     return None
   request = Request(init=str(path), overrides=overrides, zero_shot=zero_shot)
+  if zero_shot:  # if these data cannot be scored, they may still serve as sample images
+    with contextlib.suppress(ValueError, OSError):
+      return opening.open_model(request, 'data')[0]
   return opening.open_model(request, 'any')[0]
 
 
@@ -190,9 +196,11 @@ def compare(
     log.warning('The accuracy of this export is not measured: %s', error)
     test, about = None, str(error)
   if test is not None:
+    chosen, about = choose_classes(program, exp, about)
     for name, run in runs.items():
       log.info('Measuring the accuracy of %s ...', name)
-      found[name] = dataclasses.replace(found[name], quality=measure_quality(exp, run, test))
+      score = measure_quality(exp, lambda image_BHWC, run=run: run(image_BHWC)[:, chosen], test)
+      found[name] = dataclasses.replace(found[name], quality=score)
     before, *_, after = (one.quality for one in found.values())
     if before - after > NOTABLE:
       name = list(found)[-1]
@@ -217,6 +225,19 @@ def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
   source, _ = open_test(exp)
   test = load_split(exp, split, source)
   return test, f'{len(test):,} images of `{split}`'
+
+
+def choose_classes(program: Program, exp: Experiment, about: str) -> tuple[list[int] | slice, str]:
+  """Chooses the logits of a program that belong to the classes of the test images.
+
+  `exp` has the classes of the test images, and `about` describes the images. The results are the
+  indices of the logits, and the description. It says if the program has more classes.
+  """
+  own, wanted = program.class_names, exp.task.class_names
+  if own is None or own == wanted:
+    return slice(None), about
+  more = f' ({len(wanted)} of the {len(own)} classes)' if len(wanted) < len(own) else ''
+  return [own.index(name) for name in wanted], about + more
 
 
 def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
