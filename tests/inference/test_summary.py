@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import works
 from tests.conftest import DATA, call, error, small_config
+import vit_jax
 from vit_jax import config as config_lib
 from vit_jax import experiment, opening
 from vit_jax.distributed import add_up, devices
@@ -229,6 +230,20 @@ def test_without_data_epochs_replace_the_steps(tmp_path):
   assert 'Learning rate: warm-up to 0.01 in 2.5 epochs, then cosine.' in text
   text = cost.as_text(summarize(**missing, **{'schedule.warmup': '9'}))
   assert 'warm-up to 0.01 in 4 epochs' in text  # a fifth of the run
+
+
+@pytest.mark.parametrize('name', ['hf_backbone', 'hf_clip', 'hf_siglip'])
+def test_weights_without_a_head_are_inspected_without_one(name, capsys):
+  code, out, err = call(capsys, '--mode=inspect', f'--init={DATA / name}')
+  assert not code, err
+  model, params = vit_jax.load(DATA / name, features='pooled')
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert f'Trained parameters: {count:,} of {count:,}.' in out and 'no labels' in out
+  assert 'Note: These weights have no head, so the numbers do not include a head.' in out
+  image = jax.ShapeDtypeStruct((1, *vit_jax.load(DATA / name).preprocessing.size, 3), jnp.float32)
+  compiled = jax.jit(model.apply).lower({'params': params}, image).cost_analysis()
+  found = summary.summary_of(Request(init=str(DATA / name))).parts[-1].gflops * 1e9
+  assert 0.6 * compiled['flops'] < found <= compiled['flops']
 
 
 @pytest.mark.slow

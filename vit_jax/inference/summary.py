@@ -16,6 +16,9 @@ from vit_jax.training import saved_config
 from vit_jax.workdir import latest_step, newest_config
 
 ASSUMED = tuple(f'class {i}' for i in range(1000))  # classes if the dataset is unavailable
+# Notes for published weights.
+OF_WEIGHTS = 'Training numbers assume the default config and your --config.<key> flags.'
+HEADLESS = 'These weights have no head, so the numbers do not include a head.'
 
 
 def summary_of(request: Request) -> Summary:
@@ -36,14 +39,10 @@ def summary_of(request: Request) -> Summary:
   check(asked)
   if init or (workdir and latest_step(workdir) is not None):
     if init:
-      exp, _ = opening.from_init(init, request.overrides)
+      exp, _ = opening.from_init(init, request.overrides, 'any')
+      notes, cycles = (OF_WEIGHTS,) + (HEADLESS,) * (exp.model.num_classes is None), ()
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-    notes, cycles = (
-      ('Training numbers assume the default config and your --config.<key> flags.',),
-      (),
-    )
-    if not init:
       notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
     return measure(exp, exp.task.train_examples or None, notes, cycles)
   exp, examples, notes = summary_of_config(asked)
