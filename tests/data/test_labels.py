@@ -286,6 +286,7 @@ def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
     ('{"path": "photos/00.jpg", "label": "a", "width": 3}', "unknown column 'width'"),
     ('["photos/00.jpg", "a"]', 'expected an object such as'),
     ('path,label', 'not valid JSON'),
+    ('[' * 100_000, 'not valid JSON .*recursion'),
 ])  # fmt: skip
 def test_mistakes_in_a_jsonl_file_name_the_line(tmp_path, line, message):
   touch(tmp_path)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 import struct
 
@@ -483,6 +484,43 @@ def test_configs_from_the_hub_are_read(kind, architecture, fields, tmp_path):
   assert patches == (16 if 'dino' in kind else 14)  # 224 pixels, though positions are for 518
   assert found.grid == ((37, 37) if 'dino' in kind else (14, 14))
   assert found.preprocessing.crop == 224 / 256
+
+
+NESTED = '[' * 100_000 + ']' * 100_000  # deeper than Python's parser of JSON can follow
+
+
+@pytest.mark.parametrize('name, file', [
+    ('hf_backbone', 'config.json'), ('hf_backbone', 'preprocessor_config.json'),
+    ('hf_backbone', reader.INDEX), ('timm_token', 'config.json'),
+])  # fmt: skip
+def test_a_json_file_that_is_nested_too_deeply_is_refused(name, file, tmp_path):
+  folder = shutil.copytree(DATA / name, tmp_path / name)
+  (folder / file).write_text(f'{{"architecture": {NESTED}}}')
+  message = rf'/{re.escape(file)}: not valid JSON .*recursion'
+  with pytest.raises(ValueError, match=message) as raised:
+    vit_jax.load(folder)
+  assert '\n' not in str(raised.value)
+
+
+@pytest.mark.parametrize('name, key, value, message', [
+    ('hf_backbone', 'num_hidden_layers', 10**9, '1,000,000,000 blocks, .* has only 40 arrays'),
+    ('timm_token', 'depth', 10**9, 'the model has 1,000,000,000 blocks, .* has only 32 arrays'),
+    ('hf_backbone', 'intermediate_size', 10**10, r'block_0/mlp/down/kernel .* \(10000000000, 24\)'),
+    ('hf_backbone', 'num_channels', 10**9, r'embedding/kernel .* have only 28,992 numbers'),
+    ('timm_token', 'embed_dim', 10**9, 'block_0/.* together have only'),
+    ('timm_token', 'mlp_ratio', 10**9, 'block_0/mlp/down/kernel .* together have only'),
+])  # fmt: skip
+def test_a_config_of_a_huge_model_is_refused_at_once(name, key, value, message, tmp_path):
+  folder = shutil.copytree(DATA / name, tmp_path / name)
+  config = json.loads((folder / 'config.json').read_text())
+  config.get('model_args', config)[key] = value
+  (folder / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=message) as raised:
+    vit_jax.load(folder)
+  assert str(raised.value).startswith(str(folder)) and '\n' not in str(raised.value)
+  save_file({}, folder / 'model.safetensors')
+  with pytest.raises(ValueError, match=f'{name}: found no arrays in the safetensors files'):
+    vit_jax.load(folder)
 
 
 @pytest.mark.parametrize('processor, message', [

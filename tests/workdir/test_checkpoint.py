@@ -217,6 +217,24 @@ def test_config_item_without_its_keys_counts_as_damaged(trained, tmp_path, text)
   assert exact.evaluate(workdir, {})['step'] == 16
 
 
+@pytest.mark.parametrize('file', ['digests.json', 'config/metadata'])
+def test_a_checkpoint_whose_json_is_nested_too_deeply_is_damaged(trained, tmp_path, file):
+  workdir = copied(trained, tmp_path)
+  (workdir / 'checkpoints' / '32' / file).write_text('[' * 100_000)
+  if file != 'digests.json':
+    (workdir / 'checkpoints' / '32' / 'digests.json').unlink()
+  with pytest.raises(items.Damaged, match='checkpoints/32 is damaged'):
+    stored.restore_item(workdir, 32, 'config')
+
+
+def test_records_whose_json_is_nested_too_deeply_count_as_damaged(tmp_path):
+  line = json.dumps({'step': 1, 'split': 'train', 'loss': 0.5})
+  (tmp_path / 'metrics.jsonl').write_text(f'{"[" * 100_000}\n{"9" * 5000}\n{line}\n')
+  assert writer.read_metrics(tmp_path) == [json.loads(line)]
+  (tmp_path / 'result.json').write_text('{"a": ' * 100_000)
+  assert writer.read_json(tmp_path / 'result.json') is None
+
+
 @pytest.mark.slow
 def test_finished_run_with_a_damaged_last_checkpoint_resumes(trained, tmp_path):
   workdir = shutil.copytree(trained[0], tmp_path / 'run')

@@ -135,7 +135,7 @@ def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
       continue
     try:
       found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # brackets can be nested too deeply
       refuse(file, line, f'not valid JSON ({error}).')
     if not isinstance(found, dict):
       refuse(file, line, 'expected an object such as {"path": "a.jpg", "label": ["cat", "dog"]}.')

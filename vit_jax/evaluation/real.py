@@ -109,7 +109,7 @@ def read(path: pathlib.Path, name: str, count: int) -> list[list[int]]:
     labels = json.loads(path.read_text(encoding='utf-8'))
     if {type(number) for label in labels for number in label} - {int}:
       raise ValueError('the file contains values that are not integers')
-  except (OSError, ValueError, TypeError) as error:
+  except (OSError, ValueError, TypeError, RecursionError) as error:
     raise ValueError(
       f'{name}: expected a list of lists of numbers ({error}). Use real.json from '
       'github.com/google-research/reassessed-imagenet.'

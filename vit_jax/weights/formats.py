@@ -173,7 +173,7 @@ class Format:
 
 
 # Exceptions that reading a config raises if a value has an unexpected type.
-ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError)
+ODD = (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError, RecursionError)
 
 
 def place_of(path: str | os.PathLike) -> pathlib.Path:
@@ -196,7 +196,7 @@ def load_json(path: pathlib.Path) -> dict:
     value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise ValueError(f'{path}: cannot be read ({error.strerror}).') from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:  # brackets can be nested too deeply
     raise ValueError(f'{path}: not valid JSON ({error}).') from error
   if not isinstance(value, dict):
     raise ValueError(f'{path}: expected a JSON object, got {type(value).__name__}.')
@@ -219,6 +219,7 @@ def read_params(
     ValueError: an array is missing, is not part of the model, or has the wrong shape or type, or
       values that are not finite.
   """
+  layouts.check_total(weights.origin, wanted, weights.arrays)
   params, used, problems = {}, set(), []
   for row in weights.rows:
     if not set(row.ours) <= set(wanted):

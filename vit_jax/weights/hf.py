@@ -26,7 +26,7 @@ from vit_jax.weights.formats import (
   refuse,
   write_params,
 )
-from vit_jax.weights.layouts import Row, add_prefix, image_channels, rows
+from vit_jax.weights.layouts import Row, add_prefix, check_depth, image_channels, rows
 from vit_jax.weights.usage import label_lines, upright
 
 KINDS = hf_names.VIT_KINDS | hf_towers.TOWER_KINDS
@@ -63,6 +63,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
   )
   fields |= kind.fields(c, origin) | top.fields(c)
   check_positive(f'{origin}: num_channels', c['num_channels'])
+  check_depth(origin, fields['depth'], arrays)
   grid = image[0] // patch[0], image[1] // patch[1]
   size = grid[0] * patch[0], grid[1] * patch[1]
   prefixed = any(name.startswith(kind.prefix) for name in arrays)

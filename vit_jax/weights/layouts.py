@@ -6,9 +6,10 @@ converts the arrays in both directions:
   ('block_{i}/attention/out/kernel', 'blocks.{i}.attn.proj.weight', linear(axes=2))
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 import functools
 import itertools
+import math
 import types
 from typing import NamedTuple
 
@@ -159,6 +160,44 @@ def rows(table: Iterable[tuple], depth: int) -> list[Row]:
   return found
 
 
+def check_depth(origin: str, depth: int, arrays: Collection[str]) -> None:
+  """Raises ValueError if a config has more blocks than its file has arrays.
+
+  Without this check, a table for a huge number of blocks would fill the memory.
+
+  Args:
+    origin: path of the config, for the message.
+    depth: number of blocks in the config.
+    arrays: names of the arrays in the file; empty if only the config is read.
+  """
+  if arrays and isinstance(depth, int) and depth > len(arrays):
+    raise ValueError(
+      f'{origin}: the model has {depth:,} blocks, but the file has only {len(arrays):,} arrays. '
+      'Expected at least one array for each block. Use the config that belongs to the weights.'
+    )
+
+
+def check_total(
+  origin: str, wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]
+) -> None:
+  """Raises ValueError if a parameter of a model is larger than all arrays of a file together.
+
+  Without this check, reading the file would allocate arrays of the size of this parameter.
+
+  Args:
+    origin: name of the file, for the message.
+    wanted: `{path: shape}` for the parameters of the model.
+    arrays: the arrays of the file.
+  """
+  total = sum(array.size for array in arrays.values())
+  for name, shape in wanted.items():
+    if math.prod(shape) > total:
+      raise ValueError(
+        f'{origin}: the parameter {name} of the model has shape {shape}, but all arrays of the '
+        f'file together have only {total:,} numbers. Use the config that belongs to the weights.'
+      )
+
+
 @functools.lru_cache(maxsize=8)  # loading and saving ask for the same shapes
 def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, tuple[int, ...]]:
   """Returns the shapes of the model's parameters, e.g. `{'block_0/mlp/up/kernel': (48, 192)}`.
@@ -168,7 +207,8 @@ def param_shapes(model: ViT, image_shape: tuple[int, int, int]) -> Mapping[str, 
     image_shape: (H, W, C).
   """
   init = functools.partial(model.init, jax.random.key(0))
-  shapes = shapes_of(jax.eval_shape(init, jnp.zeros((1, *image_shape)))['params'])
+  image_BHWC = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  shapes = shapes_of(jax.eval_shape(init, image_BHWC)['params'])
   return types.MappingProxyType(shapes)
 
 

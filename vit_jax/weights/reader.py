@@ -157,11 +157,14 @@ def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
     read: `(folder, config, arrays) -> Weights` interprets the config and the arrays.
 
   Raises:
-    ValueError: a file is damaged, or the config describes a model that is not supported.
+    ValueError: a file is damaged, the files are empty, or the config describes a model that is not
+      supported.
   """
   arrays, folder = {}, place.parent if place.is_file() else place
   for file in safetensors(place):
     arrays |= load_arrays(file)
+  if not arrays:
+    raise ValueError(f'{place}: found no arrays in the safetensors files.')
   config = load_json(folder / 'config.json')
   try:
     found = read(folder, config, arrays)

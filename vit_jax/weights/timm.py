@@ -32,6 +32,7 @@ from vit_jax.weights.layouts import (
   SAME,
   VECTOR,
   Row,
+  check_depth,
   fused,
   image_channels,
   interleaved,
@@ -144,10 +145,9 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   if not isinstance(labels, (list, type(None))):
     raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
   names = tuple(labels) if labels else None
-  projects = timm_clip.is_projection(arrays, own['pre_norm'], names)
+  own |= timm_clip.head_fields(a['num_classes'] or None, arrays, own['pre_norm'], names)
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
-  fields = own | timm_clip.head_fields(a['num_classes'] or None, projects)
-  fields |= dict(
+  fields = own | dict(
     patch_size=patch,
     width=a['embed_dim'],
     depth=a['depth'],
@@ -160,6 +160,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
     qkv_bias=a['qkv_bias'],
     norm_epsilon=a['norm_epsilon'],
   )
+  check_depth(origin, a['depth'], arrays)
   grid = image[0] // patch[0], image[1] // patch[1]
   return Weights(
     origin=str(folder),

@@ -22,23 +22,23 @@ ROWS = [
 ]
 
 
-def is_projection(
-  arrays: Mapping[str, np.ndarray], pre_norm: bool, class_names: tuple[str, ...] | None
-) -> bool:
-  """Returns whether the head in a file of timm is CLIP's projection.
+def head_fields(
+  count: int | None,
+  arrays: Mapping[str, np.ndarray],
+  pre_norm: bool,
+  class_names: tuple[str, ...] | None,
+) -> dict:
+  """Returns the attributes `num_classes` and `projection` of `ViT` for the head in a file of timm.
 
-  A config does not tell. But only CLIP has a LayerNorm before the encoder, and only the bias of a
-  projection is zero: training a classifier changes its bias.
+  A config does not tell whether the head is CLIP's projection. But only CLIP has a LayerNorm before
+  the encoder, and only the bias of a projection is zero: training a classifier changes its bias.
 
   Args:
+    count: number of outputs of the head; None if the config has no head.
     arrays: arrays of the file.
     pre_norm: value of `ViT.pre_norm`.
     class_names: names of the classes in the config; None if it has no names.
   """
   bias = arrays.get('head.bias')
-  return pre_norm and class_names is None and bias is not None and not np.any(bias)
-
-
-def head_fields(count: int | None, projects: bool) -> dict:
-  """Returns the attributes of `ViT` for a head with `count` outputs, or for CLIP's projection."""
+  projects = pre_norm and class_names is None and bias is not None and not np.any(bias)
   return dict(num_classes=None, projection=count) if projects else dict(num_classes=count)

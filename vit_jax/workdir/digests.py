@@ -56,7 +56,7 @@ def counts(checkpoint: pathlib.Path) -> bool:
     return True
   try:
     config = json.loads((checkpoint / 'config' / 'metadata').read_bytes())
-  except (OSError, ValueError):
+  except (OSError, ValueError, RecursionError):
     return True  # readers report the error
   return not isinstance(config, dict) or 'format' not in config
 
@@ -114,7 +114,7 @@ def read_digests(checkpoint: pathlib.Path) -> dict[str, list[int]]:
   except OSError:
     items.check_readable(checkpoint)
     raise
-  except (ValueError, LookupError, TypeError):
+  except (ValueError, LookupError, TypeError, RecursionError):
     pass
   raise broken(checkpoint, f'its file {FILE} is not valid')
 

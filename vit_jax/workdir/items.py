@@ -30,7 +30,7 @@ class Damaged(ValueError):
 
 # Errors that orbax raises for files with invalid content, or for missing files.
 CONTENT = (
-  ValueError, LookupError, TypeError, AttributeError,
+  ValueError, LookupError, TypeError, AttributeError, RecursionError,
   FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
 # If a ValueError of tensorstore contains one of these texts, its cause is not the files' content.

@@ -162,7 +162,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
   file, lines = workdir / 'metrics.jsonl', []
   text = file.read_bytes().decode('utf-8', 'replace') if file.exists() else ''
   for line in text.splitlines():
-    with contextlib.suppress(json.JSONDecodeError):
+    with contextlib.suppress(ValueError, RecursionError):
       lines.append(json.loads(line))
   lines = [line for line in lines if isinstance(line, dict) and type(line.get('split')) is str]
   lines = [line for line in lines if isinstance(line.get('step'), int)]
@@ -174,7 +174,7 @@ def read_json(path: pathlib.Path) -> dict | None:
   """Returns the object in a JSON file; None if the file is missing or damaged."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
-  except (FileNotFoundError, ValueError):
+  except (FileNotFoundError, ValueError, RecursionError):  # brackets can be nested too deeply
     return None
   return value if isinstance(value, dict) else None
 
