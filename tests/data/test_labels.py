@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import unicodedata
@@ -81,11 +82,59 @@ def test_the_images_of_a_run_on_a_folder_are_left_out_of_a_test_on_a_list(tmp_pa
 @pytest.mark.parametrize('path, expected', [
     ('1.jpg', '1.jpg'), ('cat/1.jpg', '1.jpg'), ('Train/CAT/1.jpg', '1.jpg'),
     ('train/cat/old/cat/1.jpg', 'old/cat/1.jpg'), ('/photos/test/cat/1.jpg', '1.jpg'),
-    ('/elsewhere/cat/1.jpg', '//elsewhere/cat/1.jpg'),
+    ('old/cat/1.jpg', 'old/cat/1.jpg'), ('für/1.jpg', '1.jpg'), ('/photos/new/1.jpg', 'new/1.jpg'),
+    ('/elsewhere/cat/1.jpg', '1.jpg'), ('/cat/photos/Test/CAT/a/1.jpg', 'a/1.jpg'),
+    ('../elsewhere/cat/a/1.jpg', 'a/1.jpg'), ('/elsewhere/old/1.jpg', '1.jpg'),
 ])  # fmt: skip
-def test_the_leading_folders_of_splits_and_classes_do_not_identify_an_image(path, expected):
-  found = labels.identity(path, pathlib.Path('/photos'), {'train', 'test', 'cat'})
-  assert found == expected
+def test_the_folders_of_splits_and_classes_do_not_identify_an_image(path, expected):
+  removed = {'train', 'test', 'cat', unicodedata.normalize('NFC', 'für')}
+  for form in ('NFC', 'NFD'):
+    written = unicodedata.normalize(form, path)
+    assert labels.identities([written], pathlib.Path('/photos'), removed) == [expected]
+
+
+def test_images_outside_the_folder_are_identified_below_their_common_parent():
+  paths = ['/disk/new/a/1.jpg', '/disk/new/b/1.jpg', '/disk/new/cat/c/1.jpg', 'a/1.jpg']
+  found = labels.identities(paths, pathlib.Path('/photos'), {'cat'})
+  assert found == ['a/1.jpg', 'b/1.jpg', 'c/1.jpg', 'a/1.jpg']
+
+
+@pytest.mark.parametrize('folders', [('cat', 'dog'), ('monday', 'friday')])
+def test_absolute_paths_hold_out_the_same_images_wherever_the_images_are(tmp_path, folders):
+  names = [f'{folder}/a/{i}.jpg' for folder in folders for i in range(20)]
+  (tmp_path / 'lists').mkdir()
+  held_out = []
+  for place in (tmp_path / 'photos', tmp_path / 'disk' / 'moved'):
+    touch(place, names)
+    rows = [(str(place / name), ('cat', 'dog')[i // 20]) for i, name in enumerate(names)]
+    found = members(opened(tmp_path / 'lists', table(rows)), 'test')
+    held_out.append({path.relative_to(place) for path in found})
+    # Paths such as ../photos/cat/a/1.jpg lead to the same files.
+    near = [(os.path.relpath(path, tmp_path / 'lists'), label) for path, label in rows]
+    relative = members(opened(tmp_path / 'lists', table(near)), 'test')
+    assert {path.resolve() for path in relative} == {path.resolve() for path in found}
+    if folders == ('cat', 'dog'):
+      folder = members(sources.open_source(f'folder:{place}', '', (4, 4)), 'test')
+      assert found == folder
+  assert held_out[0] == held_out[1] and 0 < len(held_out[0]) < 20
+
+
+def test_training_images_are_recognised_by_their_absolute_paths(tmp_path):
+  names = [f'{c}/{c}{i}.jpg' for c in ('cat', 'dog') for i in range(20)]
+  for place in ('photos', 'moved'):
+    touch(tmp_path / place, names)
+  (tmp_path / 'lists').mkdir()
+  folder = sources.open_source(f'folder:{tmp_path}/photos', '', (4, 4))
+  known = trained.hash_training_files(folder, ['train'], trained.TrainingFiles())
+  rows = [(f'{tmp_path}/moved/{name}', name[:3], 'test') for name in names]
+  touch(tmp_path / 'lists', ['cat.jpg', 'dog.jpg'])
+  rows += [('cat.jpg', 'cat', 'train'), ('dog.jpg', 'dog', 'train')]
+  found = opened(tmp_path / 'lists', table(rows, SPLIT))
+  kept, left_out = trained.leave_out_trained(found, 'test', known)
+  examples = [kept.read(name, range(a, b)) for name, a, b in kept.pieces('test')]
+  unseen = {path.name for part in examples for _, path, _ in part}
+  assert unseen == {path.name for path in members(folder, 'test')} and unseen
+  assert left_out == folder.sizes['train']
 
 
 def test_whether_an_image_is_held_out_depends_on_its_path_alone(tmp_path):

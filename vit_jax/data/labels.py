@@ -8,12 +8,15 @@ Decisions:
     folders that are named like a split or a class. So the sources `labels:` and `folder:` hold out
     the same images of a folder for testing. A model that was trained with one of the two sources
     can be tested with the other one.
+  * For images outside the folder at which relative paths start, the hash also ignores where the
+    class folders or, without them, the images are. So the images can be moved.
   * A mistake in the label file raises an error that names the line. Two rows for the same image are
     a mistake if their labels or their splits differ.
 """
 
 from collections.abc import Mapping, Sequence
 import functools
+import itertools
 import os
 import pathlib
 import unicodedata
@@ -46,7 +49,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   Raises:
     ValueError: the file cannot be read, or has a mistake; the message names the line.
   """
-  # `start` is absolute, so that `identity` can compare it with absolute paths in the label file.
+  # `start` is absolute, so that `identities` can compare it with absolute paths in the label file.
   start = top if is_remote(top) else pathlib.Path(os.path.abspath(top))
   rows, warnings = merged(file, start, read_rows(file))
   paths = locate(file, top, rows)
@@ -59,7 +62,8 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
     )
   label_N = as_array(file, rows, class_names)
   removed = {name.casefold() for name in (*SPLITS, *class_names)}
-  hash_N = np.array([hash_name(identity(row.path, start, removed)) for row in rows], np.uint64)
+  texts = identities([row.path for row in rows], start, removed)
+  hash_N = np.array([hash_name(text) for text in texts], np.uint64)
   path_N = np.array([os.fsencode(path) for path in paths], np.bytes_)
   order = np.lexsort((path_N, hash_N))
   listed = Files(top, path_N[order], label_N[order], hash_N[order])
@@ -98,21 +102,35 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
   return np.array([number[row.labels[0]] for row in rows], np.int32)
 
 
-def identity(path: str, top: pathlib.Path, removed: set[str]) -> str:
-  """Returns the text that identifies an image: its path without leading split and class folders.
+def identities(paths: Sequence[str], top: pathlib.Path, removed: set[str]) -> list[str]:
+  """Returns the text that identifies each image: its path without split and class folders.
+
+  For an image in `top`, the text is the path relative to `top`, without leading folders that are
+  named like a split or a class. For an image outside `top`, the text is the part of the path after
+  the last such folder. If the path has no such folder, the text is the path relative to the common
+  parent of all images outside `top`.
 
   Args:
-    path: absolute path, or path relative to `top`.
-    top: folder at which relative paths start. Absolute paths are made relative to `top`.
-    removed: casefolded names of splits and classes. Leading folders with these names are removed.
+    paths: absolute paths, and paths relative to `top`.
+    top: folder at which relative paths start: an absolute path, or a folder in a bucket.
+    removed: casefolded names of splits and classes.
   """
-  inside = pathlib.PurePath(path)
-  if inside.is_relative_to(top):  # an absolute path
-    inside = inside.relative_to(top)
-  *folders, name = inside.parts
-  while folders and folders[0].casefold() in removed:
-    del folders[0]
-  return '/'.join([*folders, name])
+  is_removed = lambda folder: unicodedata.normalize('NFC', folder).casefold() in removed
+  base = os.path.normpath(top)
+  places = [pathlib.PurePath(os.path.normpath(os.path.join(top, path))) for path in paths]
+  outside = [place.parent for place in places if not place.is_relative_to(base)]
+  shared = pathlib.PurePath(os.path.commonpath(outside) if outside else '').parts
+  texts = []
+  for place in places:
+    if place.is_relative_to(base):
+      *folders, name = place.relative_to(base).parts
+      kept = itertools.dropwhile(is_removed, folders)
+    else:
+      *folders, name = place.parts
+      ends = [i for i, folder in enumerate(folders, start=1) if is_removed(folder)]
+      kept = folders[ends[-1] if ends else len(shared) :]
+    texts.append('/'.join([*kept, name]))
+  return texts
 
 
 def by_column(
