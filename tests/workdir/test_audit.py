@@ -55,6 +55,28 @@ def test_copies_across_splits_are_named(tmp_path):
   assert 'of val are exact copies of images of test' in test_val
 
 
+def test_a_file_in_two_splits_is_not_a_copy_of_itself(tmp_path, monkeypatch):
+  make(tmp_path, {'cat': 12, 'dog': 12})
+  # Even if some training images are copies of others, evaluation leaves out all of them.
+  (tmp_path / 'dog/dog0.png').write_bytes((tmp_path / 'cat/cat1.png').read_bytes())
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  monkeypatch.setattr(audit, 'MOST_FILES', source.sizes['train'])  # each file counts once
+  monkeypatch.setattr(audit, 'MOST_BYTES', 0)  # no file is read
+  assert not [w for w in found(tmp_path, ('train', 'train[:50%]')) if 'fewer than 10' not in w]
+
+
+def test_a_link_is_a_copy_only_if_its_name_is_not_recognised(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  for link in ('test/cat/train_cat3.png', 'test/dog/train_cat3.png'):  # evaluation leaves them out
+    (tmp_path / link).symlink_to(tmp_path / 'train/cat/train_cat3.png')
+  os.link(tmp_path / 'train/dog/train_dog1.png', tmp_path / 'test/dog/train_dog1.png')
+  assert not found(tmp_path)
+  (tmp_path / 'test/dog/other.png').symlink_to(tmp_path / 'train/cat/train_cat3.png')
+  (warning,) = found(tmp_path)
+  assert warning.startswith('1 images of test are exact copies of images of train: ')
+  assert f'{tmp_path}/test/dog/other.png = {tmp_path}/train/cat/train_cat3.png' in warning
+
+
 def test_unreadable_files_are_counted_and_named_if_images_are_streamed(tmp_path):
   make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
   (tmp_path / 'train/dog/empty.png').touch()

@@ -6,14 +6,17 @@ Decisions:
     the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
     `MOST_BYTES` would be read, copies are not searched for. In both cases, the log reports this.
     Files in a bucket are not read.
+  * Two splits can share a file, because evaluation leaves out the training files. So a file is not
+    a copy of itself. Evaluation recognises a file by the hash of its name. So a link to a training
+    file is reported only if the hash of its name differs.
   * To find unreadable images, only the header of each file is read, and only if images are
     streamed. Images that are kept in memory need no check, because they are all decoded before
     training.
 """
 
-import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 import concurrent.futures
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -35,7 +38,23 @@ FEW = 10  # a warning names each class with fewer training images
 MOST_FILES = 100_000  # maximum number of files among which copies are searched
 MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 
-Sizes = dict[pathlib.Path, int]  # size of each file in bytes; 0 for a file that cannot be read
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """What tells files apart; files that evaluation recognises as the same file are equal.
+
+  Attributes:
+    hash: hash of the name, as in `folder.Files`.
+    place: device and inode, which are the same for a file and the links to it.
+    size: number of bytes; 0 if the file cannot be read.
+  """
+
+  hash: int
+  place: tuple[int, int]
+  size: int
+
+
+Hashes = dict[pathlib.Path, int]  # hash of the name of each file
 
 
 def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> None:
@@ -58,8 +77,9 @@ def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> No
 def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str]:
   """Yields warnings about the files of a data set; arguments as in `report_mistakes`."""
   yield from few_images(source, splits[0])
-  paths = {split: paths_of(source, split) for split in splits}
-  if sum(map(len, paths.values())) > MOST_FILES:
+  hashes = {split: hashes_of(source, split) for split in splits}
+  everything = dict(itertools.chain.from_iterable(own.items() for own in hashes.values()))
+  if len(everything) > MOST_FILES:
     yield (
       f'{source.spec}: more than {MOST_FILES:,} files, so splits were not searched for copies.'
     )
@@ -68,10 +88,10 @@ def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str
     progress.announced('Checking the files ...'),
     concurrent.futures.ThreadPoolExecutor() as pool,
   ):
-    everything = list(itertools.chain(*paths.values()))
     if streamed:
-      yield from unreadable(pool, everything)
-    yield from copies(pool, paths, dict(zip(everything, pool.map(size_of, everything))))
+      yield from unreadable(pool, list(everything))
+    files = dict(zip(everything, pool.map(look_at, everything, everything.values())))
+    yield from copies(pool, hashes, files)
 
 
 def few_images(source: Source, split: str) -> Iterator[str]:
@@ -86,18 +106,22 @@ def few_images(source: Source, split: str) -> Iterator[str]:
     )
 
 
-def paths_of(source: Source, split: str) -> list[pathlib.Path]:
-  """Returns the paths of the files in a split."""
-  parts = (source.read(name, range(start, stop)) for name, start, stop in source.pieces(split))
-  return [path for _, path, _ in itertools.chain.from_iterable(parts)]
+def hashes_of(source: Source, split: str) -> Hashes:
+  """Returns the path of each file in a split, with the hash of its name."""
+  found = {}
+  for name, start, stop in source.pieces(split):
+    paths = (path for _, path, _ in source.read(name, range(start, stop)))
+    found |= zip(paths, source.files[name].hash_N[start:stop].tolist())
+  return found
 
 
-def size_of(path: pathlib.Path) -> int:
-  """Returns the size of a file in bytes; 0 if it cannot be read."""
+def look_at(path: pathlib.Path, name_hash: int) -> File:
+  """Returns the properties of a file; its size is 0 if it cannot be read."""
   try:
-    return os.stat(path).st_size
+    found = os.stat(path)
+    return File(name_hash, (found.st_dev, found.st_ino), found.st_size)
   except OSError:  # the error is reported when the file is decoded
-    return 0
+    return File(name_hash, (0, 0), 0)
 
 
 def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path]) -> Iterator[str]:
@@ -121,30 +145,37 @@ def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path])
 
 
 def copies(
-  pool: concurrent.futures.Executor, paths: dict[str, list[pathlib.Path]], sizes: Sizes
+  pool: concurrent.futures.Executor,
+  paths: Mapping[str, Collection[pathlib.Path]],
+  files: Mapping[pathlib.Path, File],
 ) -> Iterator[str]:
-  """Yields a warning for each pair of splits that contain files with the same bytes.
+  """Yields a warning for each pair of splits that contain different files with the same bytes.
 
   Args:
     pool: threads that read the files.
     paths: `{split: paths of the files in the split}`.
-    sizes: size of each file in bytes.
+    files: properties of each file.
   """
-  present = collections.defaultdict(set)  # {size: splits with a file of this size}
-  for split, files in paths.items():
-    for path in files:
-      present[sizes[path]].add(split)
-  doubtful = [path for path, size in sizes.items() if size and len(present[size]) > 1]
-  if sum(sizes[path] for path in doubtful) > MOST_BYTES:
+  others, doubtful = {}, {}  # `doubtful` keeps the order of its keys
+  for one, other in itertools.combinations(paths, 2):
+    known = {files[path] for path in paths[one]}
+    own_sizes = {file.size for file in known} - {0}
+    others[one, other] = [
+      p for p in paths[other] if files[p] not in known and files[p].size in own_sizes
+    ]
+    sizes = {files[path].size for path in others[one, other]}
+    doubtful |= dict.fromkeys(others[one, other])
+    doubtful |= dict.fromkeys(path for path in paths[one] if files[path].size in sizes)
+  if sum(files[path].size for path in doubtful) > MOST_BYTES:
     yield (
       f'{len(doubtful):,} files have the same size as a file of another split and could be copies. '
       f'They were not compared, because together they have more than {MOST_BYTES >> 20} MiB.'
     )
     return
   digests = dict(zip(doubtful, pool.map(digest_of, doubtful)))
-  for one, other in itertools.combinations(paths, 2):
+  for (one, other), candidates in others.items():
     first = {digests[path]: path for path in reversed(paths[one]) if digests.get(path)}
-    found = [(path, first[d]) for path in paths[other] if (d := digests.get(path)) in first]
+    found = [(path, first[d]) for path in candidates if (d := digests[path]) in first]
     if found:
       yield (
         f'{len(found):,} images of {other} are exact copies of images of {one}: '
