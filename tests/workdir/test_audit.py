@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from vit_jax.data import sources
+from vit_jax.data import image, sources
 from vit_jax.workdir import audit
 
 
@@ -85,6 +85,22 @@ def test_unreadable_files_are_counted_and_named_if_images_are_streamed(tmp_path)
   (warning,) = found(tmp_path, streamed=True)
   assert warning.startswith('2 of 32 files are not readable images: ')
   assert 'dog/empty.png' in warning and 'cat/text.jpg' in warning and 'skip_bad_images' in warning
+
+
+def test_files_that_decoding_refuses_are_reported_whatever_their_extension(tmp_path):
+  make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  for kind in ('GIF', 'TIFF', 'PPM'):
+    Image.new('RGB', (4, 4)).save(tmp_path / f'train/dog/{kind}.jpg', kind)
+  Image.new('RGB', (4, 4)).save(tmp_path / 'train/cat/png.jpg', 'PNG')  # decoding accepts it
+  (warning,) = found(tmp_path, streamed=True)
+  assert warning.startswith('3 of 34 files are not readable images: ') and 'GIF.jpg' in warning
+  for file in (tmp_path / 'train').rglob('*.jpg'):
+    try:
+      image.decode_image(file.read_bytes(), file)
+    except image.BadImage:
+      assert str(file) in warning
+    else:
+      assert str(file) not in warning
 
 
 def test_a_pipe_among_the_images_is_reported_and_not_opened(tmp_path):

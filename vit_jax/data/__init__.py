@@ -10,6 +10,7 @@ from vit_jax.data.image import (
   decode_image,
   fit_image,
   has_image_name,
+  open_header,
   read_file,
   save_png,
 )
@@ -44,6 +45,7 @@ __all__ = [
   'look_up_source',
   'multi_hot',
   'num_examples',
+  'open_header',
   'open_source',
   'open_split',
   'overlap',

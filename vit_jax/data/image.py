@@ -90,9 +90,9 @@ def decode_image(
     return convert(ImageOps.exif_transpose(opened), channels)
 
 
-def open_header(encoded: bytes) -> Image.Image:
-  """Opens an image with Pillow; this only reads the header, and decodes no pixels."""
-  return Image.open(io.BytesIO(encoded), formats=FORMATS)
+def open_header(file: bytes | pathlib.Path) -> Image.Image:
+  """Opens an image, given its path or content; this reads only the header, and no pixels."""
+  return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:

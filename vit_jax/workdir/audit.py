@@ -24,11 +24,10 @@ import os
 import pathlib
 
 import numpy as np
-from PIL import Image
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data import Source, count_labels
+from vit_jax.data import Source, count_labels, open_header
 from vit_jax.distributed import is_first
 from vit_jax.names import abridged
 
@@ -125,13 +124,13 @@ def look_at(path: pathlib.Path, name_hash: int) -> File:
 
 
 def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path]) -> Iterator[str]:
-  """Yields a warning that names the files without a valid image header."""
+  """Yields a warning that names the files without the header of an accepted image format."""
 
   def is_bad(path):
     if not path.is_file():  # opening a pipe might never end
       return True
     try:
-      with Image.open(path):
+      with open_header(path):
         return False
     except Exception:  # Pillow's decoders raise many kinds of errors
       return True
