@@ -25,7 +25,7 @@ from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.cli.flags import STEP, split_paths
 from vit_jax.cli.parsing import parse_flags
-from vit_jax.data import image as image_lib
+from vit_jax.data import BadImage, read_file
 from vit_jax.evaluation import exact, files, forward
 from vit_jax.inference import prediction
 from vit_jax.keys import KEYS
@@ -198,8 +198,8 @@ def test_existing_paths_may_contain_commas(tmp_path, monkeypatch):
 def test_a_pipe_is_not_an_image(tmp_path):
   os.mkfifo(tmp_path / 'a.png')
   assert files.find_images([f'{tmp_path}/a.png']) == [tmp_path / 'a.png']
-  with pytest.raises(image_lib.BadImage, match='a.png: not a regular file'):
-    image_lib.read_file(tmp_path / 'a.png')
+  with pytest.raises(BadImage, match='a.png: not a regular file'):
+    read_file(tmp_path / 'a.png')
 
 
 def test_a_folder_with_an_image_suffix_is_not_an_image(tmp_path):

@@ -15,7 +15,7 @@ import time
 import types
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 
 from tests.conftest import DATA, ROOT
@@ -322,6 +322,55 @@ def test_header_size_is_the_size_of_the_upright_image(orientation):
   Image.new('RGB', (10, 8)).save(file, 'PNG', exif=exif)
   height, width = image_lib.upright_size(file.getvalue(), 'a.png')
   assert (width, height) == image_lib.decode_image(file.getvalue(), 'a.png').size
+
+
+def with_exif(suffix, exif):
+  """Returns the bytes of an image of noise, 24x16 pixels, with the given EXIF data."""
+  file, pixels = io.BytesIO(), np.random.RandomState(0).randint(0, 256, (16, 24, 3))
+  quality = {} if suffix == 'png' else {'quality': 95, 'dpi': (72, 72)}
+  Image.fromarray(pixels.astype(np.uint8)).save(file, suffix, exif=exif, **quality)
+  return file.getvalue()
+
+
+def decoded(encoded, shape):
+  """Decodes a file with an upright image of the shape (height, width) in all ways."""
+  whole = lambda height, width: (0, 0, width, height)
+  assert image_lib.upright_size(encoded, 'a') == shape
+  part_HWC = image_lib.decode_part(encoded, 'a', 3, whole, shape)
+  return np.asarray(image_lib.decode_image(encoded, 'a')), part_HWC
+
+
+@pytest.mark.parametrize('orientation', range(10))  # 0 and 9 have no meaning
+@pytest.mark.parametrize('suffix', ['jpeg', 'png', 'webp'])
+def test_images_are_turned_as_by_pillow(suffix, orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  encoded = with_exif(suffix, exif)
+  wanted = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))))
+  whole, part = decoded(encoded, wanted.shape[:2])
+  np.testing.assert_array_equal(whole, wanted)
+  assert np.abs(part.astype(int) - wanted).max() <= 4
+
+
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')
+@pytest.mark.parametrize('suffix', ['jpeg', 'png', 'webp'])
+@pytest.mark.parametrize('exif', [
+    b'damaged', b'II+\0' + bytes(40), b'II*\0', b'MM\0*\xff\xff\xff\xff', b'II*\0\x08\0\0\0\x09',
+    b'II*\0\x08\0\0\0\1\0\x12\1\0\0\1\0\0\0\6\0\0\0\0\0\0\0',  # an orientation of an unknown type
+], ids=range(6))  # fmt: skip
+def test_an_image_with_damaged_exif_data_is_upright(suffix, exif):
+  encoded = with_exif(suffix, b'Exif\0\0' + exif)
+  wanted = np.asarray(Image.open(io.BytesIO(encoded)).convert('RGB'))
+  whole, part = decoded(encoded, (16, 24))
+  np.testing.assert_array_equal(whole, wanted)
+  assert np.abs(part.astype(int) - wanted).max() <= 4
+
+
+def test_a_cut_png_without_exif_data_is_refused():
+  encoded = with_exif('png', None)[:-200]
+  for read in (image_lib.upright_size, image_lib.decode_image):
+    with pytest.raises(image_lib.BadImage, match='a.png: not a readable image'):
+      read(encoded, 'a.png')
 
 
 def test_fit_covers_and_crops_the_centre():

@@ -11,12 +11,11 @@ from vit_jax.data.image import (
   fit_image,
   has_image_name,
   open_header,
-  read_file,
   save_png,
 )
 from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
-from vit_jax.data.source import Source, first_size, multi_hot, own_size, unlabelled
+from vit_jax.data.source import Source, first_size, multi_hot, own_size, read_file, unlabelled
 from vit_jax.data.sources import SOURCES, check_apart, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 

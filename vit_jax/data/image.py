@@ -5,7 +5,6 @@ Decisions:
     random crops. OpenCV is faster than Pillow (results/input.json), which matters because crops are
     made again in every epoch. Pillow decodes crops of all other files. Pillow also reads the header
     of each file that OpenCV decodes, so that the same files are accepted with and without crops.
-    Tests check that OpenCV's pixels are close to Pillow's.
 """
 
 import collections
@@ -15,13 +14,11 @@ import functools
 import io
 import math
 import pathlib
-import stat
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vit_jax import storage
-from vit_jax.bucket import is_remote
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
 # Accepted formats, whatever the extension. To open some others, e.g. EPS, Pillow runs programs.
@@ -29,6 +26,11 @@ FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 MARKS = {  # {(offset, bytes there): rejected format}; such files often have a wrong extension
   (0, b'GIF8'): 'GIF', (0, b'II*\0'): 'TIFF', (0, b'MM\0*'): 'TIFF', (4, b'ftyphei'): 'HEIC',
   (4, b'ftypmif1'): 'HEIC', (4, b'ftypavif'): 'AVIF',
+}  # fmt: skip
+Turn = Image.Transpose
+TURNS = {  # {EXIF orientation: how the stored image becomes upright}
+  2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
+  6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -53,25 +55,6 @@ def only_images(names: Iterable[str], passed_over: collections.Counter) -> Itera
       passed_over[pathlib.PurePath(name).suffix.lower() or 'without an extension'] += 1
 
 
-def read_file(path: pathlib.Path) -> bytes:
-  """Returns the bytes of a file.
-
-  Raises:
-    BadImage: the file cannot be read.
-  """
-  if is_remote(path):
-    try:
-      return path.read_bytes()
-    except FileNotFoundError as error:
-      raise BadImage(f'{path}: there is no such object.') from error
-  try:
-    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe might never end
-      raise BadImage(f'{path}: not a regular file.')
-    return path.read_bytes()
-  except OSError as error:
-    raise BadImage(f'{path}: {error.strerror}.') from error
-
-
 def decode_image(
   encoded: bytes, name: object, channels: int = 3, max_pixels: int | None = None
 ) -> Image.Image:
@@ -87,12 +70,30 @@ def decode_image(
     opened = open_header(encoded)
     if max_pixels and opened.width * opened.height > max_pixels:
       raise ValueError(f'{opened.width}x{opened.height} pixels, at most {max_pixels:,} are allowed')
-    return convert(ImageOps.exif_transpose(opened), channels)
+    return convert(turned(opened), channels)
 
 
 def open_header(file: bytes | pathlib.Path) -> Image.Image:
   """Opens an image, given its path or content; this reads only the header, and no pixels."""
   return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+
+
+def orientation_of(opened: Image.Image) -> int:
+  """Returns the EXIF orientation, 1 to 8; 1 (upright) if the EXIF data is missing or damaged."""
+  if opened.format == 'PNG' and 'exif' not in opened.info:
+    opened.load()  # the EXIF data can follow the pixels; damaged pixels must raise an error
+  try:
+    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in TURNS else 1
+  except Exception:  # Pillow raises many kinds of errors, although the pixels can be intact
+    return 1
+
+
+def turned(opened: Image.Image) -> Image.Image:
+  """Decodes an image, and turns it as its EXIF orientation says."""
+  opened.load()
+  turn = TURNS.get(orientation_of(opened))
+  return opened if turn is None else opened.transpose(turn)
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
@@ -103,8 +104,7 @@ def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
   """
   with refused(encoded, name):
     opened = open_header(encoded)
-    turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # EXIF swaps the sides
-    return (opened.width, opened.height) if turned else (opened.height, opened.width)
+    return opened.size if orientation_of(opened) >= 5 else opened.size[::-1]  # 5 to 8 swap sides
 
 
 @contextlib.contextmanager
@@ -208,9 +208,8 @@ def decode_part(
 ) -> np.ndarray:
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
-  Ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width. The number n is the
-  largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`. The larger n
-  is, the faster is the decoder, because it computes fewer terms of the cosine transform.
+  To be faster, ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width, where n
+  is the largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`.
 
   Args:
     encoded: the bytes of the file.
@@ -225,13 +224,14 @@ def decode_part(
   with refused(encoded, name):
     opened = open_header(encoded)
     if not is_ordinary(opened, encoded, channels):
-      image_HWC = np.asarray(convert(ImageOps.exif_transpose(opened), channels))
+      image_HWC = np.asarray(convert(turned(opened), channels))
       return scale_part(image_HWC, choose(*image_HWC.shape[:2]), size)
     left, top, right, bottom = choose(opened.height, opened.width)
     ratio = min((bottom - top) / size[0], (right - left) / size[1])
     shrink = max([n for n in (8, 4, 2) if n <= ratio], default=1)
     cv2 = opencv()
     flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{shrink}') if shrink > 1 else cv2.IMREAD_COLOR
+    flag |= cv2.IMREAD_IGNORE_ORIENTATION  # OpenCV reads some damaged EXIF data
     image_HWC = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag)
     if image_HWC is None:
       raise ValueError('its data is damaged')
@@ -250,7 +250,7 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
     and opened.mode == 'RGB'
     and channels == 3
     and encoded.endswith(b'\xff\xd9')
-    and opened.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    and orientation_of(opened) == 1
   )
 
 

@@ -12,11 +12,12 @@ Decisions:
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import pathlib
+import stat
 from typing import NoReturn
 
 import numpy as np
 
-from vit_jax.bucket import Listed, contents
+from vit_jax.bucket import Listed, contents, is_remote
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
@@ -187,7 +188,26 @@ def check_label(source: Source, name: str, label: int | np.ndarray) -> None:
 
 def as_bytes(encoded: pathlib.Path | bytes) -> bytes:
   """Returns the content of an image file, given its path or the content itself."""
-  return encoded if isinstance(encoded, bytes) else image_lib.read_file(encoded)
+  return encoded if isinstance(encoded, bytes) else read_file(encoded)
+
+
+def read_file(path: pathlib.Path) -> bytes:
+  """Returns the bytes of a file.
+
+  Raises:
+    image.BadImage: the file cannot be read.
+  """
+  if is_remote(path):
+    try:
+      return path.read_bytes()
+    except FileNotFoundError as error:
+      raise image_lib.BadImage(f'{path}: there is no such object.') from error
+  try:
+    if not stat.S_ISREG(path.stat().st_mode):  # reading from a pipe might never end
+      raise image_lib.BadImage(f'{path}: not a regular file.')
+    return path.read_bytes()
+  except OSError as error:
+    raise image_lib.BadImage(f'{path}: {error.strerror}.') from error
 
 
 def fetched(examples: Iterable[Example]) -> Iterator[Example]:
