@@ -466,6 +466,31 @@ def test_bad_folders_are_refused(tmp_path, layout, message):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
 
 
+def test_a_class_named_train_is_explained(tmp_path):
+  touch(tmp_path, [f'{name}/{i}.jpg' for name in ('bus', 'car', 'train') for i in range(20)])
+  for inside in ('none', 'steam'):
+    (tmp_path / 'notes').mkdir(exist_ok=True)  # without images
+    with pytest.raises(ValueError) as caught:
+      sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+    message = str(caught.value)
+    assert 'train/ was read as the training split' in message and f'({inside})' in message
+    assert 'there are images in bus, car. If train is a class, rename its folder' in message
+    assert 'labels:<csv>' in message
+    touch(tmp_path, ['train/steam/20.jpg'])
+  (tmp_path / 'train').rename(tmp_path / 'trains')
+  shutil.rmtree(tmp_path / 'notes')
+  assert sources.open_source(f'folder:{tmp_path}', '', (4, 4)).class_names == (
+    'bus', 'car', 'trains',
+  )  # fmt: skip
+
+
+def test_a_training_split_with_too_few_classes_is_refused_as_such(tmp_path):
+  touch(tmp_path, ['train/a/0.jpg', 'test/a/0.jpg'])
+  (tmp_path / 'notes').mkdir()
+  with pytest.raises(ValueError, match=r'found 1 class folders \(a\)'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
 def test_files_other_than_images_are_counted_in_a_warning(tmp_path):
   images = [f'{s}/{c}/{i}.jpg' for s in ('train', 'test') for c in 'ab' for i in range(2)]
   others = ['a.gif', 'b.GIF', 'c.tif', 'd.heic', 'e', '.hidden.gif']

@@ -17,12 +17,12 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import unicodedata
 
 import numpy as np
 
 from vit_jax import bucket, progress
 from vit_jax.data import image as image_lib
+from vit_jax.data.splits import hash_name, position
 from vit_jax.names import abridged, choose
 
 TEST_NAMES = ('test', 'val', 'valid', 'validation')
@@ -94,19 +94,6 @@ def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
   return np.bincount(label_N, minlength=num_classes)
 
 
-def hash_name(name: str) -> int:
-  """Returns a 64-bit hash of a path, which ignores upper and lower case and the Unicode form."""
-  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
-  text = unicodedata.normalize('NFC', text).casefold()
-  digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
-  return int.from_bytes(digest[:8], 'big')
-
-
-def position(hash_N: np.ndarray) -> np.ndarray:
-  """Converts hashes of files to positions in [0, 1), which decide the split and order of files."""
-  return (hash_N >> np.uint64(11)) * 2.0**-53
-
-
 def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images of each split of the folder `root`.
 
@@ -125,6 +112,8 @@ def open_folder(root: pathlib.Path) -> Folder:
   top = root / 'train' if split else root
   class_names, passed_over = subfolders(top), collections.Counter()
   if len(class_names) < 2:
+    if split:
+      check_train_is_split(root, class_names)
     raise ValueError(
       f'{root}: found {len(class_names)} class folders ({", ".join(class_names) or "none"}), '
       'expected at least two. Store images as <path>/<class>/*.jpg, or as '
@@ -139,13 +128,25 @@ def open_folder(root: pathlib.Path) -> Folder:
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
   if held_out:  # the first is called only `test`, because each split has a single name
-    names = ['test', *held_out[1:]]
-    for name, folder in zip(names, held_out):
+    for name, folder in zip(['test', *held_out[1:]], held_out):
       files[name] = list_files(root / folder, class_names, passed_over)
   else:
     files = {'train': listed.within(HELD_OUT, 1.0), 'test': listed.within(0.0, HELD_OUT)}
   check_classes(root, class_names, listed, files)
   return Folder(class_names, files, tuple(warnings(root, class_names, files, passed_over)))
+
+
+def check_train_is_split(root: pathlib.Path, inside: tuple[str, ...]) -> None:
+  """Raises ValueError if `train/`, with the class folders `inside`, is probably a class itself."""
+  others = [name for name in subfolders(root) if name not in ('train', *TEST_NAMES)]
+  classes = [name for name in others if any(walk_images(root / name, collections.Counter()))]
+  if classes:
+    raise ValueError(
+      f'{root}: train/ was read as the training split, but has {len(inside)} class folders '
+      f'({", ".join(inside) or "none"}), expected at least two. Next to it, there are images in '
+      f'{abridged(classes)}. If train is a class, rename its folder, or list the images in a file: '
+      'data.source=labels:<csv>. If train/ is the training split, move the class folders into it.'
+    )
 
 
 def check_classes(
@@ -260,7 +261,6 @@ def list_files(
   there = subfolders(top)
   for name in there:
     choose(f'{top}: class folder', name, class_names)
-
   found = []
   with progress.announced(f'Listing the images in {top} ...'):
     for label, name in enumerate(class_names):

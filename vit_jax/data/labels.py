@@ -25,8 +25,9 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, hash_name, without
+from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
+from vit_jax.data.splits import hash_name
 from vit_jax.names import abridged
 
 
@@ -34,7 +35,7 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   """Reads the classes and the images of each split from a label file.
 
   The first name of `TEST_NAMES` that occurs in the column `split` becomes the split `test`. If no
-  such name occurs, or the label file has no column `split`, the images whose `folder.position` is
+  such name occurs, or the label file has no column `split`, the images whose `splits.position` is
   below `HELD_OUT` become the split `test`.
 
   Args:

@@ -14,6 +14,7 @@ from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS, only_images
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
+from vit_jax.data.splits import hash_name
 from vit_jax.names import choose
 
 
@@ -146,12 +147,10 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
   """
   with progress.announced(f'Listing the images in {top} ...'):
     names = [path.name for path in top.iterdir() if path.is_file()]
-    found = [
-      (folder_lib.hash_name(name), os.fsencode(name), 0) for name in only_images(names, passed_over)
-    ]
+    found = [(hash_name(name), os.fsencode(name), 0) for name in only_images(names, passed_over)]
     for name in folder_lib.subfolders(top):
       for below in folder_lib.walk_images(top / name, passed_over):
-        found.append((folder_lib.hash_name(below), os.fsencode(f'{name}/{below}'), 0))
+        found.append((hash_name(below), os.fsencode(f'{name}/{below}'), 0))
   return folder_lib.as_files(top, found)
 
 

@@ -1,11 +1,15 @@
-"""Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`) for every source.
+"""Parses splits in TFDS notation (`train[:98%]`, `train[10%:]+test`), and hashes names of files.
 
+The hash of a file's name gives the file a position. A percentage of files is a range of positions.
 Parsing does not need the package tensorflow-datasets (TFDS). The unit `shard` of TFDS, as in
 `train[:4shard]`, is not supported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import os
 import re
+import unicodedata
 
 import numpy as np
 
@@ -134,3 +138,16 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
       yield from ((name, start + a, start + b) for a, b in edges.reshape(-1, 2).tolist())
 
   return list(runs())
+
+
+def hash_name(name: str) -> int:
+  """Returns a 64-bit hash of a path, which ignores upper and lower case and the Unicode form."""
+  text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
+  text = unicodedata.normalize('NFC', text).casefold()
+  digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big')
+
+
+def position(hash_N: np.ndarray) -> np.ndarray:
+  """Converts hashes of files to positions in [0, 1), which decide the split and order of files."""
+  return (hash_N >> np.uint64(11)) * 2.0**-53
