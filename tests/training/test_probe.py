@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 import shutil
 import signal
@@ -21,7 +22,7 @@ from vit_jax.distributed import cluster, devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.experiment import assemble
 from vit_jax.model import attention
-from vit_jax.training import closed_form, probe, resume, session, state, trainer
+from vit_jax.training import closed_form, loop, probe, resume, session, state, trainer
 from vit_jax.training.step import make_train_step
 from vit_jax.workdir import Checkpoints, Task, stored, writer
 
@@ -347,11 +348,14 @@ def test_the_backbone_of_a_sweep_is_identified_without_its_head():
   assert known(params)['data'] == exp.task.fingerprint
 
 
-def test_the_last_run_of_a_sweep_keeps_added_cycles(monkeypatch):
+def test_the_last_run_of_a_sweep_keeps_added_cycles(caplog):
   exp, training = opening.from_config(small_config(epochs='2', **SWEPT), cycles=(32,))
   exp, last = probe.on_all(exp, training, 0.1)
   assert last.cycles == (32,) and last.steps == 64 and exp.task.train_examples == 1024
   assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
+  with caplog.at_level(logging.INFO):
+    loop.Run(exp, last, None, None, None, None, {}).log_cycle()
+  assert 'warm-up to a learning rate of 0.05, then' in caplog.text  # half of the sweep's choice
 
 
 def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from vit_jax.distributed import (
 )
 from vit_jax.evaluation import make_eval_step, quality, score_split
 from vit_jax.experiment import Experiment, division
-from vit_jax.optim import LATER_PEAK, Training, warmup_steps
+from vit_jax.optim import Training, warmup_steps
 from vit_jax.training.compiling import Compiled, compile_step
 from vit_jax.training.meter import Meter
 from vit_jax.training.state import TrainState, start_state
@@ -163,12 +163,12 @@ class Run:
     """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
     if not (cycles := self.training.cycles):
       return
-    config, begin, end = self.config, cycles[-1], self.training.steps
-    warmup = warmup_steps(config, len(self.training.train), end - begin)
+    begin, end, name = cycles[-1], self.training.steps, self.config.schedule.name
+    warmup = warmup_steps(self.config, len(self.training.train), end - begin)
+    peak = self.training.schedule(begin + max(warmup - 1, 0))  # after a sweep, not optimizer.lr
     log.info(
         'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s. Images '
-        'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup,
-        LATER_PEAK * config.optimizer.lr, config.schedule.name,
+        'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup, peak, name,
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:
