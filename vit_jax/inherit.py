@@ -166,6 +166,13 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
       f'compared after a softmax. Use data with one label per image instead of '
       f'data.source={data}, or train without a teacher.'
     )
+  run = config_lib.flatten(found.run['config']) if found.run else {}
+  if found.multi_label or run.get('loss.name') == 'sigmoid':
+    raise ValueError(
+      f'{name} was trained with the loss sigmoid, as for images with several labels. It cannot be '
+      'used, because teacher and student are compared after a softmax. Use a teacher that was '
+      'trained with one label per image and loss.name=softmax.'
+    )
   if count is None:
     raise ValueError(
       f'{name} has no head, so it cannot teach classes. Use a classifier as teacher. Or train a '

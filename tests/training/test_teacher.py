@@ -347,6 +347,17 @@ def test_a_teacher_without_a_head_is_refused(capsys, tmp_path):
     inherit.open_teacher(student(path), SOURCE)
 
 
+@pytest.mark.parametrize('several', [False, True])
+def test_a_teacher_that_was_trained_with_the_sigmoid_loss_is_refused(teacher, monkeypatch, several):
+  found = inherit.read_weights(str(teacher))
+  run = copy.deepcopy(found.run)
+  run['config']['loss']['name'] = 'softmax' if several else 'sigmoid'
+  found = dataclasses.replace(found, run=None if several else run, multi_label=several)
+  monkeypatch.setattr(inherit, 'read_weights', lambda path: found)
+  with pytest.raises(ValueError, match='was trained with the loss sigmoid, as for images with'):
+    inherit.open_teacher(student(teacher), SOURCE)
+
+
 def test_unnamed_classes_are_compared_by_their_number(teacher):
   path = 'tests/fixtures/hf_classifier'
   found = vit_jax.load(path)
