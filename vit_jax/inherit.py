@@ -73,6 +73,20 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
+def check_no_init(config: ConfigDict) -> None:
+  """Raises ValueError, or logs a warning, if a run without `init` would keep random weights."""
+  keys = [f'{key}={config[key]}' for key in ('adapt', 'classifier', 'freeze') if config[key]]
+  if not keys:
+    return
+  message = (
+    f'{keys[0]} keeps the weights of init, but init is empty, so the kept weights %s random. '
+    'Set --config.init, e.g. to a file, a folder or a workdir.'
+  )
+  if config.adapt or config.classifier:
+    raise ValueError(message % 'would be')
+  log.warning(message, 'are')  # a head on random weights is a baseline, so it is not refused
+
+
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   """Returns whether a new head for these classes must replace the head of the weights.
 

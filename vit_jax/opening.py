@@ -152,12 +152,8 @@ def begin_from(
   check_held_out(config, source)
   if config.init:
     config, params, earlier = inherit.open_init(config, source)
-  elif config.adapt or config.classifier:
-    key = f'adapt={config.adapt}' if config.adapt else f'classifier={config.classifier}'
-    raise ValueError(
-      f'{key} keeps the weights of init, but init is empty, so the kept weights would be random. '
-      'Set --config.init, e.g. to a file, a folder or a workdir.'
-    )
+  else:
+    inherit.check_no_init(config)
   check(config)  # again, because values were added
   warn_of_few(config, source)
   return config, params, find_training_files(source, config, earlier.with_inherited(taught_on))

@@ -79,6 +79,13 @@ def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   assert (after.params['head']['kernel'] != before.params['head']['kernel']).any()
 
 
+def test_a_head_on_a_random_backbone_is_reported(trained, caplog):
+  for init, warns in (('', True), (str(trained[0]), False)):
+    caplog.clear()
+    opening.from_config(small_config(init=init, **FROZEN))
+    assert ('freeze=backbone keeps the weights of init, but init is empty' in caplog.text) == warns
+
+
 def test_a_frozen_backbone_has_no_dropout():
   asked = []
   model = types.SimpleNamespace(apply=lambda *_, train, **__: asked.append(train))
