@@ -24,7 +24,7 @@ from vit_jax.experiment import Experiment, assemble
 from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import objective_of
 from vit_jax.sizing import image_size
-from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained
+from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained, warn_of_trained
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ def open_splits(
   train = open_split(experiment.reading, source, data.train_split, size, to_train=True)
   val = None
   if data.val_split:
+    warn_of_trained(source, data.val_split, seen)
     val = read(data.val_split, seen.before() if experiment.config.sweep else seen)
   check_untrained(source, data.eval_split, seen)
   test = read(data.eval_split, seen)

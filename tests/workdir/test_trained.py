@@ -13,7 +13,7 @@ from tests.conftest import small_config
 from vit_jax import cli, evaluation, opening
 from vit_jax.data import folder as folder_lib
 from vit_jax.data import sources
-from vit_jax.evaluation import exact, few_shot
+from vit_jax.evaluation import data, exact, few_shot
 from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
 from vit_jax.workdir import stored, trained
@@ -126,6 +126,25 @@ def test_a_run_inherits_the_splits_of_its_init(request, tmp_path):
   with pytest.raises(ValueError, match="shares examples with 'train' of synthetic"):
     exact.evaluate(tmp_path / 'next', {'data.eval_split': 'train[50%:]'})
   assert exact.evaluate(tmp_path / 'next', {'data.eval_split': 'test[50:]'})['examples'] == 206
+
+
+@pytest.mark.parametrize('sweep', [(), ('0.1',)])
+@pytest.mark.parametrize('known', ['train[60%:70%]', 'train[:50%]', ''])
+def test_validation_on_training_examples_of_init_is_reported(monkeypatch, caplog, sweep, known):
+  parts = {'data.train_split': 'train[:50%]', 'data.val_split': 'train[50%:]'}
+  head = {'freeze': 'backbone', 'sweep': sweep[0]} if sweep else {}
+  names = trained.TrainingFiles(own_splits=(('synthetic', known),) if known else ())
+  monkeypatch.setattr(opening.inherit, 'open_teacher', lambda config, source: (None, names))
+  exp, _ = opening.from_config(small_config(**parts, **head))
+  message = f"data.val_split='train[50%:]' shares examples with '{known}' of synthetic, on which"
+  assert (message in caplog.text) == (known == 'train[60%:70%]')
+  assert ('shares examples' in caplog.text) == (known == 'train[60%:70%]')
+
+  caplog.clear()
+  saved = {'config': {'data': exp.config.data.to_dict(), 'sweep': ()}}
+  monkeypatch.setattr(data, 'restore_item', lambda *_: saved)
+  assert data.load_validation(exp, None, 1) is not None
+  assert (message in caplog.text) == (known == 'train[60%:70%]')
 
 
 def test_splits_are_inherited_over_any_number_of_runs():

@@ -18,7 +18,13 @@ from vit_jax.data import (
 )
 from vit_jax.experiment import Experiment
 from vit_jax.names import abridged, difference, pair
-from vit_jax.workdir import TrainingFiles, check_untrained, leave_out_trained, restore_item
+from vit_jax.workdir import (
+  TrainingFiles,
+  check_untrained,
+  leave_out_trained,
+  restore_item,
+  warn_of_trained,
+)
 
 log = logging.getLogger(__name__)
 
@@ -145,5 +151,7 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   same = (saved.data.source, saved.data.val_split) == (data.source, data.val_split)
   if not (same and data.val_split) or saved.sweep or names is None:
     return None
-  source, _ = leave_out_trained(open_data(experiment), data.val_split, names)
+  source = open_data(experiment)
+  warn_of_trained(source, data.val_split, names)
+  source, _ = leave_out_trained(source, data.val_split, names)
   return load_split(experiment, data.val_split, source)

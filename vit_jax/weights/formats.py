@@ -104,8 +104,7 @@ class Pretrained:
   Attributes:
     model: the model, to be called as `model.apply({'params': params}, image_BHWC)`.
     params: float32 NumPy arrays.
-    preprocessing: how the weights expect an image to be prepared. Its `size` is the patch size
-      multiplied by the grid (number of patches down and across).
+    preprocessing: how the weights expect an image to be prepared; `size` is patch size x grid.
     class_names: names of the classes, in the order of the logits. None if the file does not store
       names, or if `load` replaced the file's head.
     ignored: names of the file's arrays that the model does not use.

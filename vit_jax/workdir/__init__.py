@@ -1,6 +1,6 @@
 """Reads and writes the files that a run keeps on disk."""
 
-from vit_jax.workdir.audit import report_mistakes
+from vit_jax.workdir.audit import check_untrained, report_mistakes, warn_of_trained
 from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
@@ -18,7 +18,6 @@ from vit_jax.workdir.stored import (
 from vit_jax.workdir.trained import (
   Task,
   TrainingFiles,
-  check_untrained,
   find_training_files,
   leave_out_trained,
   training_files_of,
@@ -54,5 +53,6 @@ __all__ = [
   'saved_steps',
   'set_aside_damaged',
   'training_files_of',
+  'warn_of_trained',
   'write_json',
 ]

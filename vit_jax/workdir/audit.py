@@ -1,7 +1,10 @@
-"""Finds mistakes in a data set of files before training: few images, copies, unreadable files.
+"""Finds mistakes in data: few images, copies, unreadable files, examples that were trained on.
 
 Decisions:
-  * Mistakes are warnings. Nothing is changed, and training continues.
+  * Examples that were trained on are searched in data sets without files only (digits, TFDS).
+    In other data sets, `trained.leave_out_trained` removes them. All other checks are for data sets
+    of files, and are done before training.
+  * The other mistakes are warnings. Nothing is changed, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
     the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
     `MOST_BYTES` would be read, copies are not searched for. In both cases, the log reports this.
@@ -27,9 +30,10 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data import Source, count_labels, open_header
+from vit_jax.data import Source, count_labels, open_header, overlap
 from vit_jax.distributed import is_first
 from vit_jax.names import abridged
+from vit_jax.workdir.trained import TrainingFiles
 
 log = logging.getLogger(__name__)
 
@@ -189,3 +193,49 @@ def digest_of(path: pathlib.Path) -> bytes:
     return hashlib.sha256(path.read_bytes()).digest()
   except OSError:
     return b''
+
+
+def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
+  """Raises ValueError if a test split overlaps a split that the weights were trained on.
+
+  Args:
+    source: dataset of the test.
+    split: the test split, in TFDS notation.
+    names: training files and splits of the weights.
+  """
+  if trained_on := overlapping(source, split, names.all_splits):
+    raise ValueError(
+      f'Split {split!r} shares examples with {trained_on!r} of {source.spec}. The weights were '
+      'trained on these examples, so a test on them is not valid. Choose a different '
+      'data.eval_split.'
+    )
+
+
+def warn_of_trained(source: Source, split: str, names: TrainingFiles) -> None:
+  """Logs a warning if the validation split overlaps a split that earlier weights were trained on.
+
+  The earlier weights are those of `init` and of the teacher. The run is not refused, because its
+  test is still valid.
+  """
+  if trained_on := overlapping(source, split, names.inherited_splits):
+    log.warning(
+      'data.val_split=%r shares examples with %r of %s, on which the weights of init or the '
+      'teacher were trained. So the validation accuracy is too high. What is chosen by validation '
+      'can be wrong: the best checkpoint, the learning rate of a sweep, and the temperature. '
+      'Choose a data.val_split without these examples. If there is none, first train these weights '
+      'again, with the data.train_split of this run.',
+      split,
+      trained_on,
+      source.spec,
+    )
+
+
+def overlapping(source: Source, split: str, others: Sequence[tuple[str, str]]) -> str:
+  """Returns the first of the `(data.source, split)` pairs that shares examples with `split`.
+
+  The result is the name of its split, or '' if there is none. Data sets with files always give ''.
+  """
+  for spec, other in () if source.files else others:
+    if spec == source.spec and overlap(source.pieces(split), source.pieces(other)):
+      return other
+  return ''

@@ -7,7 +7,7 @@ Decisions:
     numbered from 0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
   * Data sets without files (digits, TFDS) are identified by `data.source`, whatever `data.dir` is.
-    A test that shares examples with a training split of the same data set is refused.
+    `audit.check_untrained` compares their splits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ import pathlib
 import numpy as np
 
 from vit_jax import progress
-from vit_jax.data import Files, Source, num_examples, overlap
+from vit_jax.data import Files, Source, num_examples
 from vit_jax.workdir import stored
 
 log = logging.getLogger(__name__)
@@ -226,24 +226,6 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
   if len(index_N):
     found_N[index_N] = np.isin(content(files, index_N), names.all_N)
   return found_N
-
-
-def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
-  """Raises ValueError if a test split overlaps a split that the weights were trained on.
-
-  This check is for data sets without files, such as TFDS. For folders, use `leave_out_trained`.
-
-  Args:
-    source: dataset of the test.
-    split: the test split, in TFDS notation.
-    names: training files and splits of the weights.
-  """
-  for spec, trained_on in () if source.files else names.all_splits:
-    if spec == source.spec and overlap(source.pieces(split), source.pieces(trained_on)):
-      raise ValueError(
-        f'Split {split!r} shares examples with {trained_on!r} of {spec}. The weights were trained '
-        'on these examples, so a test on them is not valid. Choose a different data.eval_split.'
-      )
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
