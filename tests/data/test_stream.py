@@ -35,7 +35,7 @@ from vit_jax.data.stream import Stream
 from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.figures import subject as subject_lib
-from vit_jax.training import trainer
+from vit_jax.training import resume, trainer
 from vit_jax.workdir import writer
 
 CROP = {'min_area': 0.05, 'max_aspect': 4 / 3}
@@ -645,6 +645,29 @@ def test_bad_images_are_left_out_of_evaluation_and_counted_in_training(photos, t
   assert result['examples'] == 20
   lines = [x for x in writer.read_metrics(tmp_path / 'run') if x['split'] == 'train']
   assert sum(line['bad_images'] for line in lines) in (1, 2)
+
+
+@pytest.mark.slow_after_first
+@pytest.mark.parametrize('overrides', [
+  {'classifier': 'ridge', 'epochs': '0'},
+  {'freeze': 'backbone'},
+  {'freeze': 'backbone', 'sweep': '0.1', 'data.train_split': 'train[:70%]',
+   'data.val_split': 'train[70%:]'},
+])  # fmt: skip
+def test_a_head_that_an_unreadable_image_stops_has_saved_its_config(
+  photos, trained, tmp_path, overrides
+):
+  shutil.copytree(photos, tmp_path / 'photos')
+  break_(tmp_path / 'photos' / 'train' / 'ant' / '3.jpg', 'cut')
+  still = {'augment.resized_crop.min_area': '1', 'augment.flip.probability': '0'}
+  config_ = photo_config(tmp_path / 'photos', init=str(trained[0]), **still | overrides)
+  with pytest.raises(image_lib.BadImage, match='skip_bad_images=True'):
+    trainer.train(config_, tmp_path / 'run')
+  config_.data.skip_bad_images = True
+  saved = resume.saved_config(tmp_path / 'run', {'data.skip_bad_images': 'true'})
+  config_lib.check_same_run(saved, config_, 'here')
+  result = trainer.train(saved, tmp_path / 'run')
+  assert result['examples'] == 21
 
 
 def test_content_of_a_stream_depends_on_the_labels():

@@ -67,8 +67,8 @@ def make_head(
   """
   if not exp.config.classifier:
     return train_head(exp, training, mesh, workdir)
+  record(exp, workdir, training.test)  # first, because an unreadable image ends `with_head`
   exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
-  record(exp, workdir, training.test)
   return fit(exp, training, mesh, workdir)
 
 

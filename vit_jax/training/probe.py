@@ -78,9 +78,11 @@ def train_head(
   config, notes = exp.config, {}
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
-  # Features are cached before `record` checks the data. Nevertheless, features of other data are
-  # never read, because the names of the cached files depend on the images and the weights.
   if not exp.augments:
+    # Features are cached before the `record` below checks the data. Nevertheless, features of other
+    # data are never read, because the names of their files depend on the images and the weights.
+    if latest_step(workdir) is None:  # saves the config, because an unreadable image ends the run
+      record(exp, workdir)
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
