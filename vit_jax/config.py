@@ -205,13 +205,16 @@ def fill(config: ConfigDict, values: Mapping[str, object]) -> ConfigDict:
   return config
 
 
-def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> None:
+def check_same_run(
+  saved: ConfigDict, given: ConfigDict, workdir: object, free: Sequence[str] = ()
+) -> None:
   """Raises ValueError if the run in a workdir cannot be resumed with the given config.
 
   Args:
     saved: config that the run has saved.
     given: config to resume the run with.
     workdir: folder of the run, for the message.
+    free: keys that are not compared.
   """
   before, now = flatten(saved), flatten(given)
   # Only keys with `may_change` may differ. `resume.add_cycle` checks `epochs`.
@@ -219,7 +222,7 @@ def check_same_run(saved: ConfigDict, given: ConfigDict, workdir: object) -> Non
   differences = [
     f'  {key}: {before[key]!r} in the workdir, {now[key]!r} given'
     for key in before
-    if before[key] != now[key] and key not in {'epochs', *may_change, *unset(given)}
+    if before[key] != now[key] and key not in {'epochs', *free, *may_change, *unset(given)}
   ]
   if differences:
     raise ValueError(

@@ -124,7 +124,7 @@ def from_config(
     )
   size = image_size(config)
   task = Task(source.class_names, size, source.channels, 0, source.fingerprint, source.multi_label)
-  experiment = decided(config, task, source)
+  experiment = decided(config, task, source, saved and saved.data.cache)
   config = experiment.config
   if saved is None:
     report_mistakes(source, named_splits(config), config.data.cache == 'stream')

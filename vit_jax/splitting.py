@@ -1,5 +1,7 @@
 """Opens the splits of a run, and decides how images are cached and resized."""
 
+from collections.abc import Callable
+import copy
 import dataclasses
 import functools
 import logging
@@ -7,13 +9,14 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from vit_jax import config as config_lib
 from vit_jax.data import (
+  Reading,
   Source,
   Split,
   check_memory,
   common_size,
   decide_cache,
+  differs,
   fit_image,
   open_source,
   open_split,
@@ -104,26 +107,66 @@ def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
   return own if own and own[0] * size[1] == own[1] * size[0] else None
 
 
-def decided(config: ConfigDict, task: Task, source: Source) -> Experiment:
+def decided(
+  config: ConfigDict, task: Task, source: Source, before: str | None = None
+) -> Experiment:
   """Chooses `data.cache` and the size of stored images, and returns the experiment of a run.
 
   Args:
     config: config of the run.
     task: properties of the data. Its `stored_size` must be the size of the model's input.
     source: dataset of the run.
+    before: `data.cache` in the last session of the run to resume; None for a new run.
 
   Raises:
-    ValueError: the keys do not describe a valid model, or the splits do not fit into memory.
+    ValueError: the keys do not describe a valid model, or the splits do not fit into memory. Or
+      the run cannot be resumed with the given `data.cache`.
   """
   size, names = task.stored_size, named_splits(config)
   reading = assemble(config, task).reading  # reports mistakes in the model before any image is read
-  kept = functools.partial(small_size, config, source)
+  kept = functools.cache(functools.partial(small_size, config, source))
+  if before:
+    reading = dataclasses.replace(reading, cache=cache_to_resume(reading, before, size, kept))
   cache = decide_cache(reading, source, names, size, kept)
   if cache == 'memory':
     size = kept() or size
     check_memory(source, names, size)
+  if before and cache != before:
+    log.info('data.cache was %s and is now %s; the batches are the same.', before, cache)
   task = dataclasses.replace(task, stored_size=size)
-  return assemble(config_lib.fill(config, {'data.cache': cache}), task)
+  config = copy.deepcopy(config)
+  config.data.cache = cache
+  return assemble(config, task)
+
+
+def cache_to_resume(
+  reading: Reading, before: str, size: tuple[int, int], kept: Callable[[], tuple[int, int] | None]
+) -> str:
+  """Returns `data.cache` for a run that is resumed, perhaps on a machine with less memory.
+
+  A run whose images were in memory may stream them if this does not change its training batches.
+  The result is then `auto`. The arguments, except for `before`, are as in `decide_cache`.
+
+  Args:
+    reading: settings for reading the splits, with the given `data.cache`.
+    before: `data.cache` in the last session of the run.
+    size: (height, width) that images are scaled to.
+    kept: function that returns the (height, width) of images that memory keeps smaller.
+
+  Raises:
+    ValueError: the given value differs from `before`, and training batches would change.
+  """
+  given = reading.cache
+  if given == before == 'stream':
+    return before
+  why = differs(reading, size, kept)
+  if why and given != before:
+    raise ValueError(
+      f'data.cache={given}: this run began with data.cache={before}, and the change would give '
+      f'other training batches, because {why}. Resume with --config.data.cache={before}, or start '
+      'a new run in another --workdir.'
+    )
+  return given if why or given != before else 'auto'
 
 
 def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:

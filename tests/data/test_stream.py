@@ -22,7 +22,7 @@ import PIL
 from PIL import Image
 import pytest
 
-from tests.conftest import DATA, ROOT, small_config
+from tests.conftest import DATA, ROOT, assert_equal, small_config
 from vit_jax import config as config_lib
 from vit_jax import limits, opening
 from vit_jax.augment import crops
@@ -36,7 +36,8 @@ from vit_jax.distributed import devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.figures import subject as subject_lib
 from vit_jax.training import resume, trainer
-from vit_jax.workdir import writer
+from vit_jax.training.loop import Run
+from vit_jax.workdir import stored, writer
 
 CROP = {'min_area': 0.05, 'max_aspect': 4 / 3}
 IDS = 23
@@ -487,6 +488,56 @@ def test_splits_larger_than_memory_are_streamed(photos, monkeypatch, caplog):
   with pytest.raises(ValueError, match='data.cache'):
     other = photo_config(photos, **off, **{'data.cache': 'memory'})
     config_lib.check_same_run(exp.config, other, 'here')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['auto', 'saved', 'stream'])
+def test_a_run_in_memory_resumes_as_a_stream_bit_for_bit(photos, tmp_path, monkeypatch, how):
+  settings = {'augment.resized_crop.min_area': '1', 'data.cache': 'auto', 'epochs': '1.07'}
+  settings |= {'checkpoint_every': '4', 'log_every': '1'}
+  whole = trainer.train(photo_config(photos, **settings), tmp_path / 'whole')
+  assert whole['config']['data']['cache'] == 'memory' and whole['steps'] == 8
+
+  def stop(self, step, *_):
+    if step == 6:
+      raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Run, 'log', stop)
+    with pytest.raises(KeyboardInterrupt):
+      trainer.train(photo_config(photos, **settings), tmp_path / 'cut')
+  few(monkeypatch)
+  if how == 'saved':
+    config_ = resume.saved_config(tmp_path / 'cut', {})
+  else:
+    config_ = photo_config(photos, **settings | {'data.cache': how})
+  result = trainer.train(config_, tmp_path / 'cut')
+  assert result['config']['data']['cache'] == 'stream' and result['steps'] == 8
+  for item in ('params', 'state'):
+    a, b = (stored.restore_item(tmp_path / name, 8, item) for name in ('whole', 'cut'))
+    assert_equal(a, b)
+
+
+@pytest.mark.parametrize('before, given, why', [
+  ('memory', 'stream', 'augment.resized_crop crops the original files'),
+  ('stream', 'memory', 'augment.resized_crop crops the original files'),
+])  # fmt: skip
+def test_a_resumed_run_keeps_its_cache_if_batches_would_change(
+  photos, monkeypatch, before, given, why
+):
+  exp, _ = opening.from_config(photo_config(photos, **{'data.cache': before}))
+  for cache in ('auto', before):
+    config_ = photo_config(photos, **{'data.cache': cache})
+    again, _ = opening.from_config(config_, exp.config, seen=exp.names)
+    assert again.config.data.cache == before
+  message = f'data.cache={given}: this run began with data.cache={before}, .* because {why}'
+  with pytest.raises(ValueError, match=message):
+    config_ = photo_config(photos, **{'data.cache': given})
+    opening.from_config(config_, exp.config, seen=exp.names)
+  if before == 'memory':
+    few(monkeypatch)
+    with pytest.raises(ValueError, match='more than half of the'):
+      opening.from_config(exp.config, exp.config, seen=exp.names)
 
 
 CROPPED = {'augment.resized_crop.min_area': '0.3'}

@@ -13,7 +13,7 @@ from vit_jax.data.image import (
   open_header,
   save_png,
 )
-from vit_jax.data.loading import Reading, decide_cache, open_split, report_split
+from vit_jax.data.loading import Reading, decide_cache, differs, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
 from vit_jax.data.source import Source, first_size, multi_hot, own_size, read_file, unlabelled
 from vit_jax.data.sources import SOURCES, check_apart, look_up_source, open_source
@@ -37,6 +37,7 @@ __all__ = [
   'count_labels',
   'decide_cache',
   'decode_image',
+  'differs',
   'eval_batches',
   'first_size',
   'fit_image',

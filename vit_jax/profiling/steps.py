@@ -35,6 +35,8 @@ class Steps:
     """
     earlier = newest_config(workdir) or {}
     saved = config_lib.from_dict(earlier['config']) if earlier else None
+    if saved and config.data.cache != 'auto':  # a profile may always change it
+      saved.data.cache = config.data.cache
     exp, training = opening.from_config(config, saved, seen=training_files_of(workdir))
     config, self.mesh = exp.config, experiment.mesh_for(exp.config)
     exp = prepared(exp, training, self.mesh, earlier)

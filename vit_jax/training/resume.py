@@ -67,7 +67,8 @@ def begin(
     item = restore_item(workdir, start, 'config')
     with config_lib.naming_imports(item):
       saved = config_lib.from_dict(item['config'])
-    config_lib.check_same_run(saved, config, workdir)
+    # `splitting.decided` checks data.cache, because that needs the data.
+    config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
     config = config_lib.fill(config, config_lib.flatten(saved))
     cycles = add_cycle(config, item, start, workdir)
     finished = from_first(lambda: finished_result(config, workdir))
