@@ -78,6 +78,17 @@ def client(page):
   return gradio_client.Client(page, verbose=False)
 
 
+def send(address, data=None):
+  """Sends a request; returns the status and the text of the answer. With data, it is a POST."""
+  head = {'Content-Type': 'application/json'}
+  body = None if data is None else json.dumps(data).encode()
+  try:
+    with urllib.request.urlopen(urllib.request.Request(address, body, head)) as answer:
+      return answer.status, answer.read().decode()
+  except urllib.error.HTTPError as error:
+    return error.code, error.read().decode()
+
+
 def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
   """Sends an image; returns `{class: probability}` and the picture's file."""
   label, picture = client.predict(gradio_client.handle_file(path), layer, head, api_name='/predict')
@@ -282,6 +293,12 @@ def test_the_server_does_not_serve_local_files(page):
   for path in ('/etc/passwd', str(ROOT / 'main.py'), '../../main.py'):
     with pytest.raises(urllib.error.HTTPError, match='403|404'):
       urllib.request.urlopen(f'{page}gradio_api/file={path}')
+
+
+@pytest.mark.parametrize('path', ['runs', 'run-history/buckets', 'run-history/records'])
+def test_the_server_keeps_no_history_of_runs(page, path):
+  assert send(f'{page}gradio_api/{path}')[0] == 404
+  assert json.loads(send(f'{page}config')[1])['run_history'] is False
 
 
 def test_the_server_listens_only_on_the_loopback_address(page):

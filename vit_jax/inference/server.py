@@ -141,6 +141,7 @@ def serve(request: Request, host: str, port: int) -> None:
       max_file_size=MAX_BYTES,
       state_session_capacity=MAX_SESSIONS,
       enable_monitoring=False,
+      run_history=False,  # its routes act with the Hugging Face token of the machine's user
       ssr_mode=False,
       theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
       css=CSS,
