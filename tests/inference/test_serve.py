@@ -301,6 +301,21 @@ def test_the_server_keeps_no_history_of_runs(page, path):
   assert json.loads(send(f'{page}config')[1])['run_history'] is False
 
 
+@pytest.mark.parametrize('route', ['run', 'api'])
+def test_no_request_to_the_model_bypasses_the_queue(page, route):
+  status, answer = send(f'{page}gradio_api/{route}/predict', {'data': [None, 'a', 'b']})
+  assert status == 404, answer
+
+
+def test_uploads_and_examples_wait_in_the_same_queue(trained):
+  viewer = object.__new__(page_lib.Viewer)
+  viewer.exp, viewer.rows, viewer.heads = opening.open_model(Request(trained[0]))[0], 3, 2
+  page = page_lib.build(viewer, [], 'title', {})
+  found = [fn for fn in page.fns.values() if fn.name in ('classify', 'take_example')]
+  assert len(found) == 2
+  assert {(fn.concurrency_id, fn.concurrency_limit) for fn in found} == {('model', 1)}
+
+
 def test_the_server_listens_only_on_the_loopback_address(page):
   port = int(re.search(r':(\d+)/', page)[1])
   listening = [line.split() for line in pathlib.Path('/proc/net/tcp').read_text().splitlines()[1:]]

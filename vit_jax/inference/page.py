@@ -157,7 +157,7 @@ def build(
     listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
     gr.Markdown(f'## What this model can and cannot do\n{listed}', elem_id='limits')
     connect(viewer, examples, gr.State(seen, time_to_live=KEEP), parts)
-  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+  return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
 class Parts(NamedTuple):
@@ -273,12 +273,13 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
   file, gallery, given, picture, layer, head, label, labels = parts
   refuse_addresses(file)
   quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
+  model = dict(concurrency_id='model', concurrency_limit=1)  # one limit for all its requests
   outputs, chosen, rest = [label, picture, seen], [layer, head], [given, labels]
   uploaded = file.upload(nothing, None, [*outputs, *rest], **quiet).then(
-    classify, [file, *chosen], outputs, api_name='predict'
+    classify, [file, *chosen], outputs, api_name='predict', **model
   )
   file.clear(nothing, None, [*outputs, *rest], **quiet)
-  taken = gallery.select(take_example, chosen, outputs, api_visibility='private')
+  taken = gallery.select(take_example, chosen, outputs, api_visibility='private', **model)
   for event in (uploaded, taken):
     event.then(finish, seen, rest, **quiet)
   gallery.select(lambda: None, None, file, **quiet)
