@@ -4,13 +4,13 @@ import concurrent.futures
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import types
 import urllib.error
@@ -29,6 +29,7 @@ from vit_jax.workdir import Calibration
 pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
 gradio_client = pytest.importorskip('gradio_client')
 browser = pytest.importorskip('playwright.sync_api', reason='pip install -r requirements-demo.txt')
+gate = pytest.importorskip('vit_jax.inference.gate')
 page_lib = pytest.importorskip('vit_jax.inference.page')
 server = pytest.importorskip('vit_jax.inference.server')
 about_lib = pytest.importorskip('vit_jax.inference.about')
@@ -47,21 +48,24 @@ def log(tmp_path_factory):
 @pytest.fixture(scope='module')
 def page(trained, log):
   """Starts a server in a new process; yields its address."""
-  began = time.time()
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
   command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', f'--port={port}']
+  temporary = log.parent / 'tmp'
+  temporary.mkdir()
+  env = os.environ | {'TMPDIR': str(temporary)}
   with log.open('w') as stderr:
-    process = subprocess.Popen(command, cwd=ROOT, stderr=stderr)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=stderr)
   while 'Serving on' not in log.read_text():
     assert process.poll() is None, log.read_text()
     time.sleep(0.1)
   yield f'http://127.0.0.1:{port}/'
+  written = [path.name for path in temporary.iterdir()]
+  assert len(written) == 1 and written[0].startswith('vit_jax_uploads_'), written
   process.terminate()
   assert process.wait(30) == 0
-  left = pathlib.Path(tempfile.gettempdir()).glob('vit_jax_uploads_*')
-  assert not [folder for folder in left if folder.stat().st_mtime > began]
+  assert not list(temporary.iterdir())
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +86,9 @@ def send(address, data=None):
   """Sends a request; returns the status and the text of the answer. With data, it is a POST."""
   head = {'Content-Type': 'application/json'}
   body = None if data is None else json.dumps(data).encode()
+  asked = urllib.request.Request(address, body, head)
   try:
-    with urllib.request.urlopen(urllib.request.Request(address, body, head)) as answer:
+    with urllib.request.urlopen(asked, timeout=30) as answer:
       return answer.status, answer.read().decode()
   except urllib.error.HTTPError as error:
     return error.code, error.read().decode()
@@ -103,8 +108,9 @@ def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp
   (tmp_path / 'fake.png').write_bytes(b'no image')
   with browser.sync_playwright() as playwright:
     chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
-    tab, elsewhere = chromium.new_page(), []
+    tab, elsewhere, refused = chromium.new_page(), [], []
     tab.on('request', lambda request: elsewhere.append(request.url))
+    tab.on('response', lambda got: refused.append(got.url) if got.status >= 400 else None)
     for width in (1200, 390):  # a phone
       tab.set_viewport_size({'width': width, 'height': 800})
       tab.goto(page)
@@ -159,6 +165,7 @@ def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp
     chromium.close()
   asked = [url for url in elsewhere if not url.startswith((page, 'data:', 'blob:'))]
   assert not asked, f'the page requests {asked}'
+  assert not refused, f'the server refuses {refused}'
 
 
 @pytest.mark.slow
@@ -188,7 +195,7 @@ def test_bad_uploads_are_refused_and_images_are_accepted(client, tmp_path):
   refused('empty.png', b'', 'empty file')
   Image.new('RGB', (9, 9)).save(tmp_path / 'drawing.eps')
   refused('eps.png', (tmp_path / 'drawing.eps').read_bytes(), 'unknown image format')
-  refused('large.png', bytes(server.MAX_BYTES + 1), 'exceed|413|large')
+  refused('large.png', bytes(gate.MAX_BYTES + 1), 'exceed|413|large')
   Image.new('L', (50, 30), 90).save(tmp_path / 'grey.png')
   assert sum(ask(client, tmp_path / 'grey.png')[0].values()) <= 1.001  # the server still answers
 
@@ -314,6 +321,39 @@ def test_uploads_and_examples_wait_in_the_same_queue(trained):
   found = [fn for fn in page.fns.values() if fn.name in ('classify', 'take_example')]
   assert len(found) == 2
   assert {(fn.concurrency_id, fn.concurrency_limit) for fn in found} == {('model', 1)}
+
+
+@pytest.mark.parametrize('path, data', [
+    ('gradio_api/process_recording', {}), ('gradio_api/deep_link?session_hash=a', None),
+    ('gradio_api/vibe-edit', {}), ('gradio_api/vibe-code', None), ('gradio_api/token', None),
+    ('gradio_api/component_server', {}), ('gradio_api/proxy=http://127.0.0.1:1/a', None),
+    ('gradio_api/file=http://127.0.0.1:1/a.png', None), ('gradio_api/run/other', {}),
+    ('gradio_api/dev/reload', None), ('monitoring/summary', None), ('login', {}), ('docs', None),
+    ('', {}),
+])  # fmt: skip
+def test_routes_that_the_page_does_not_need_are_closed(page, path, data):
+  assert send(f'{page}{path}', data) == (404, 'Not found.')
+
+
+@pytest.mark.parametrize('route', ['call', 'call/v2'])
+def test_the_api_works_with_plain_requests(page, trained, route):
+  image = next((trained[0] / 'examples').iterdir())
+  part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+  body = part + image.read_bytes() + b'\r\n--x--\r\n'
+  head = {'Content-Type': 'multipart/form-data; boundary=x'}
+  sent = urllib.request.Request(f'{page}gradio_api/upload', body, head)
+  (path,) = json.loads(urllib.request.urlopen(sent).read())
+  file = {'path': path, 'meta': {'_type': 'gradio.FileData'}}
+  named = {'encoded': file, 'layer': 'block 1', 'head': 'head 1'}
+  asked = named if route == 'call/v2' else {'data': list(named.values())}
+  address = f'{page}gradio_api/{route}/predict'
+  _, answer = send(address, asked)
+  assert 'event: complete' in send(f'{address}/{json.loads(answer)["event_id"]}')[1]
+
+
+def test_gradio_is_not_imported_before_its_folder_is_set():
+  code = 'import sys, vit_jax.inference.server; assert "gradio" not in sys.modules'
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
 
 
 def test_the_server_listens_only_on_the_loopback_address(page):

@@ -5,9 +5,12 @@ Decisions:
     image, the visitor gets an error message with the reason. File size and number of pixels are
     limited.
   * The model processes one image at a time on one device. Other requests wait in Gradio's queue.
+  * The server answers only the requests that the page and the clients of its API need
+    (`vit_jax/inference/gate.py`).
   * The page and the server fetch nothing from the network. The page uses system fonts, and has no
     analytics and no share link. If a client sends a URL instead of a file, the server refuses it.
-  * Uploads are stored in a temporary folder, which is deleted when the server stops.
+  * Uploads are stored in a temporary folder, which is deleted when the server stops. Gradio writes
+    all its files into this folder.
   * An invalid request causes a message to the client or one line in the log, never a traceback.
 """
 
@@ -19,34 +22,17 @@ import socket
 import sys
 import tempfile
 
-from fastapi.responses import PlainTextResponse
-import gradio as gr
-from starlette.requests import ClientDisconnect
-
 from vit_jax import opening, progress
 from vit_jax.bucket import is_remote
 from vit_jax.data import save_png
 from vit_jax.evaluation import load_split, open_test
 from vit_jax.experiment import Experiment
 from vit_jax.inference.about import about
-from vit_jax.inference.page import Viewer, build
 from vit_jax.opening import Request
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 20 * 2**20  # maximum size of an uploaded file
-
-MAX_SESSIONS = 256  # maximum number of sessions whose results are kept in memory
-
 EXAMPLES = 8  # maximum number of example images from a split
-
-FONT = ('system-ui', 'sans-serif')
-CSS = """
-#examples .grid-wrap { padding-top: 2.5rem; }  /* below the label */
-#examples .grid-container {  /* as many in a row as fit */
-  grid-template: none / repeat(auto-fill, minmax(4rem, 1fr)); grid-auto-rows: auto;
-}
-"""
 
 
 def find_port(host: str, port: int) -> int:
@@ -101,15 +87,6 @@ def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   return copy
 
 
-async def note_disconnect(request, error: Exception) -> PlainTextResponse:
-  """Logs that a client disconnected during a request.
-
-  The returned response is never read, but FastAPI requires one.
-  """
-  log.info('A client disconnected during %s.', request.url.path)
-  return PlainTextResponse('', status_code=400)
-
-
 def serve(request: Request, host: str, port: int) -> None:
   """Serves the demo page of a model until the process ends.
 
@@ -123,30 +100,18 @@ def serve(request: Request, host: str, port: int) -> None:
       do not fit the weights.
   """
   port = find_port(host, port)
-  exp, params, step = opening.open_model(request)
-  with progress.announced('Compiling ...'):
-    viewer = Viewer(exp, params)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a normal exit deletes the uploads
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
+    # Gradio reads this variable when it is imported, so these modules are not imported earlier.
+    from vit_jax.inference import gate, page
+
+    exp, params, step = opening.open_model(request)
+    with progress.announced('Compiling ...'):
+      viewer = page.Viewer(exp, params)
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))
     limits = about(exp, step, request.workdir)
-    page = build(viewer, examples, f'vit_jax: {request.name}', limits)
-    page.launch(
-      server_name=host,
-      server_port=port,
-      share=False,
-      quiet=True,
-      prevent_thread_lock=True,
-      max_file_size=MAX_BYTES,
-      state_session_capacity=MAX_SESSIONS,
-      enable_monitoring=False,
-      run_history=False,  # its routes act with the Hugging Face token of the machine's user
-      ssr_mode=False,
-      theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
-      css=CSS,
-      footer_links=['api'],
-      app_kwargs={'exception_handlers': {ClientDisconnect: note_disconnect}},
-    )
-    log.info('Serving on %s', page.local_url)
-    page.block_thread()
+    blocks = page.build(viewer, examples, f'vit_jax: {request.name}', limits)
+    gate.launch(blocks, host, port)
+    log.info('Serving on %s', blocks.local_url)
+    blocks.block_thread()
