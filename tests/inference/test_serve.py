@@ -103,8 +103,9 @@ def ask(client, path, layer=page_lib.ROLLOUT, head=page_lib.MEAN):
 @pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM, reason='no Chromium on this machine')
 def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp_path):
-  file = sorted((trained[0] / 'examples').iterdir())[0]
-  best = next(prediction.predict(trained[0], [str(file)]))['predictions'][0]
+  files = sorted((trained[0] / 'examples').iterdir())[:2]
+  answers = prediction.predict(trained[0], [str(file) for file in files])
+  best, second = [answer['predictions'][0] for answer in answers]
   (tmp_path / 'fake.png').write_bytes(b'no image')
   with browser.sync_playwright() as playwright:
     chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
@@ -134,10 +135,11 @@ def test_the_page_works_in_a_browser_and_fetches_nothing_else(page, trained, tmp
     upload = tab.locator('#file input[type=file]')
     picture, given = tab.locator('#attention img'), tab.locator('#given img')
 
-    upload.set_input_files(file)
-    classes = tab.locator('#classes')
-    browser.expect(classes).to_contain_text(best['class'])
-    assert f'{best["probability"]:.0%}' in classes.inner_text()
+    classes, before = tab.locator('#classes'), given.get_attribute('src')
+    upload.set_input_files(files[1])
+    browser.expect(given).not_to_have_attribute('src', before)  # changes last
+    browser.expect(classes).to_contain_text(second['class'])
+    assert f'{second["probability"]:.0%}' in classes.inner_text()
     assert len(re.findall('%', classes.inner_text())) == page_lib.TOPK
     browser.expect(picture).to_be_visible()
     browser.expect(given).to_be_visible()
@@ -204,6 +206,72 @@ def test_the_server_does_not_fetch_addresses_for_a_client(client):
   address = {'path': 'http://127.0.0.1:1/a.png', 'meta': {'_type': 'gradio.FileData'}}
   with pytest.raises(Exception, match='Upload the file itself'):
     client.predict(address, page_lib.ROLLOUT, page_lib.MEAN, api_name='/predict')
+
+
+def call(page, fn_index, data, **more):
+  """Sends inputs to one function of the page through the queue; returns all messages as text."""
+  body = {'fn_index': fn_index, 'data': data, 'session_hash': 'wrong', **more}
+  status, answer = send(f'{page}gradio_api/queue/join', body)
+  assert status == 200, answer
+  return send(f'{page}gradio_api/queue/data?session_hash=wrong')[1]
+
+
+def functions(page, **wanted):
+  """Returns the indices of the functions of the page with the given entries in the config."""
+  listed = json.loads(send(f'{page}config')[1])['dependencies']
+  return [fn['id'] for fn in listed if wanted.items() <= fn.items()]
+
+
+@pytest.mark.parametrize(
+  'file, reason',
+  [
+    ('cat.png', "Given: 'cat.png'"),
+    ({'path': '/etc/passwd', 'meta': {'_type': 'gradio.FileData'}}, 'not uploaded by a user'),
+    ({'path': '/etc/passwd'}, 'meta'),
+    ([], 'Given: []'),
+    (None, 'No file was given'),
+  ],
+)
+def test_wrong_files_are_refused_with_a_reason(page, file, reason):
+  (predict,) = functions(page, api_name='predict')
+  found = call(page, predict, [file, page_lib.ROLLOUT, page_lib.MEAN])
+  assert '"success":false' in found and reason in found
+
+
+@pytest.mark.parametrize(
+  'event',
+  [None, {}, [], 'a', {'index': 99, 'value': 1}, {'index': -1, 'value': 1}, {'index': 'a'}],
+)
+def test_an_example_that_does_not_exist_is_refused(page, event):
+  fn = next(
+    fn for fn in functions(page, queue=True) if fn not in functions(page, api_name='predict')
+  )
+  found = call(page, fn, [page_lib.ROLLOUT, page_lib.MEAN], event_data=event)
+  assert '"success":false' in found and 'has 8 examples' in found
+
+
+def test_no_wrong_input_of_any_function_prints_a_traceback(page):
+  for fn in functions(page, queue=True):
+    for data in ([], [None] * 3, [1] * 9, [None, page_lib.ROLLOUT, 'head 9'], [None, None, None]):
+      assert 'process_completed' in call(page, fn, data)
+  for fn in functions(page, queue=False):
+    send(f'{page}gradio_api/run/predict', {'fn_index': fn, 'data': [1] * 9, 'session_hash': 'a'})
+
+
+@pytest.mark.parametrize('path, data', [
+    ('queue/join', {'fn_index': 99, 'data': [], 'session_hash': 'a'}),
+    ('queue/join', {'fn_index': 99, 'data': []}), ('queue/join', []), ('call/predict', {}),
+    ('run/predict', {'fn_index': 99, 'data': []}), ('call/v2/predict', {'other': 1}),
+    ('cancel', {'session_hash': 'a', 'fn_index': 1, 'event_id': 'b'}), ('upload', {}),
+    ('queue/data?session_hash=unknown', None), ('call/predict/unknown', None),
+])  # fmt: skip
+def test_a_wrong_request_is_one_line_in_the_log_or_none(page, log, path, data):
+  before = len(log.read_text().splitlines())
+  status, answer = send(f'{page}gradio_api/{path}', data)
+  assert status != 200 or 'unknown' in path or path == 'cancel', answer
+  time.sleep(0.2)
+  said = log.read_text().splitlines()[before:]
+  assert len(said) <= 1 and all('gradio_api' in line for line in said), said
 
 
 @pytest.mark.parametrize(

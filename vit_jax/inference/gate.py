@@ -5,19 +5,27 @@ addresses. The server therefore accepts only the routes that the page and the cl
 use.
 """
 
+import contextlib
 import logging
+import pathlib
 import re
 
 import gradio as gr
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
+
+from vit_jax.names import one_line
 
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 20 * 2**20  # maximum size of an uploaded file
 
 MAX_SESSIONS = 256  # maximum number of sessions whose results are kept in memory
+
+LONGEST = 300  # maximum number of characters of a reason in an error message
 
 # Paths to read: the files of the page, its description for clients, and results. The path after
 # `file=` must be local, because Gradio would fetch a URL.
@@ -41,7 +49,11 @@ CSS = """
 
 
 class Gate:
-  """ASGI middleware that answers all requests with 404, except those in `ALLOWED`."""
+  """ASGI middleware that answers all requests with 404, except those in `ALLOWED`.
+
+  If Gradio cannot answer a request, for example because the request names an unknown function, the
+  log gets one line instead of a traceback.
+  """
 
   def __init__(self, app):
     """Wraps `app`, the ASGI application that answers the allowed requests."""
@@ -49,21 +61,88 @@ class Gate:
 
   async def __call__(self, scope, receive, send) -> None:
     """Passes an allowed request on, and refuses any other."""
-    app = self.app
-    if scope['type'] == 'http':
-      allowed = ALLOWED.get(scope['method'])
-      if allowed is None or not allowed.fullmatch(scope['path']):
-        app = PlainTextResponse('Not found.', status_code=404)
-    await app(scope, receive, send)
+    if scope['type'] != 'http':
+      return await self.app(scope, receive, send)
+    method, path, began = scope['method'], scope['path'], False
+    allowed = ALLOWED.get(method)
+    if allowed is None or not allowed.fullmatch(path):
+      return await PlainTextResponse('Not found.', status_code=404)(scope, receive, send)
+
+    async def answer(message) -> None:
+      nonlocal began
+      began = True
+      await send(message)
+
+    try:
+      return await self.app(scope, receive, answer)
+    except ClientDisconnect:
+      log.info('A client disconnected during %s.', one_line(path))
+      failed = ''  # nobody reads this answer
+    except Exception as error:
+      reason = reason_of(error.__cause__ or error)
+      log.warning('Cannot answer %s %s (%s).', method, one_line(path), reason)
+      failed = f'Cannot answer this request ({reason}). Check its path and its inputs.'
+    if not began:
+      await PlainTextResponse(failed, status_code=500)(scope, receive, send)
+    else:
+      with contextlib.suppress(RuntimeError):  # the answer promised a different length
+        await send({'type': 'http.response.body', 'body': b''})
 
 
-async def note_disconnect(request, error: Exception) -> PlainTextResponse:
-  """Logs that a client disconnected during a request.
+class Page(gr.Blocks):
+  """A page that explains to a client why its inputs are wrong, without a traceback in the log."""
 
-  The returned response is never read, but FastAPI requires one.
+  async def preprocess_data(self, *args, **kwargs):
+    """Checks and converts the inputs of a function, as Gradio does."""
+    try:
+      return await super().preprocess_data(*args, **kwargs)
+    except gr.Error as error:
+      error.print_exception = False
+      raise
+    except Exception as error:
+      raise gr.Error(
+        f'Cannot use these inputs ({reason_of(error)}). Give an uploaded image file, a layer and a '
+        'head, as the page does.',
+        print_exception=False,
+      ) from error
+
+
+class Choice(gr.EventData):
+  """The event that a visitor chose an element of a gallery.
+
+  Unlike `gr.SelectData`, it accepts all data that a client sends.
+
+  Attributes:
+    index: number of the element; None if the client sent none.
   """
-  log.info('A client disconnected during %s.', request.url.path)
-  return PlainTextResponse('', status_code=400)
+
+  def __init__(self, target, data):
+    """Takes the gallery, and what the client sent about the event."""
+    super().__init__(target, data)
+    self.index = data.get('index') if isinstance(data, dict) else None
+
+
+def reason_of(error: BaseException) -> str:
+  """Returns what an error says, on one line and shortened to `LONGEST` characters."""
+  text = f'{type(error).__name__}: {error}'
+  if isinstance(error, HTTPException):
+    text = f'{error.status_code} {error.detail}'
+  elif isinstance(error, ValidationError):
+    first = error.errors()[0]
+    text = f'{first["msg"].removeprefix("Value error, ")} Given: {first["input"]!r:.50}'
+  return one_line(text)[:LONGEST]
+
+
+def refuse_addresses(file: gr.File) -> None:
+  """Makes Gradio refuse URLs that clients send, because a download would have no size limit."""
+  keep = file.async_move_resource_to_block_cache
+
+  async def keep_uploads(path):
+    if path and not pathlib.Path(path).is_file():
+      raise gr.Error('URLs are not accepted. Upload the file itself.')
+    return await keep(path)
+
+  file.async_move_resource_to_block_cache = keep_uploads
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
@@ -82,8 +161,5 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
     css=CSS,
     footer_links=['api'],
-    app_kwargs={
-      'middleware': [Middleware(Gate)],
-      'exception_handlers': {ClientDisconnect: note_disconnect},
-    },
+    app_kwargs={'middleware': [Middleware(Gate)]},
   )

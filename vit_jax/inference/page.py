@@ -17,6 +17,7 @@ from vit_jax.evaluation import given_labels
 from vit_jax.experiment import Experiment
 from vit_jax.figures import Missing, attention_summary, resize_map
 from vit_jax.inference.about import escaped
+from vit_jax.inference.gate import Choice, Page, refuse_addresses
 
 MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
@@ -151,7 +152,7 @@ def build(
     limits: what visitors must know about the model, as `{title: Markdown text}`.
   """
   seen = viewer.open(examples[0].read_bytes()) if examples else None
-  with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
+  with Page(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {escaped(title)}')
     parts = lay_out(viewer, examples, seen)
     listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
@@ -212,25 +213,12 @@ def lay_out(viewer: Viewer, examples: Sequence[pathlib.Path], seen: Seen | None)
 def menu(choices: Sequence[str], label: str, name: str) -> gr.Dropdown:
   """Returns a dropdown menu.
 
-  If a client sends a choice that is not in the menu, the request fails without a traceback.
-
   Args:
     choices: the choices, of which the first is selected.
     label: text above the menu.
     name: HTML id of the menu.
   """
-  found = gr.Dropdown(choices, value=choices[0], label=label, elem_id=name, min_width=240)
-  check = found.preprocess
-
-  def refuse(choice):
-    try:
-      return check(choice)
-    except gr.Error as error:
-      error.print_exception = False
-      raise
-
-  found.preprocess = refuse
-  return found
+  return gr.Dropdown(choices, value=choices[0], label=label, elem_id=name, min_width=240)
 
 
 def show(seen: Seen | None) -> np.ndarray | None:
@@ -244,24 +232,34 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
   `seen` holds the `Seen` of the image that a visitor's session currently shows.
   """
 
-  def classify(encoded: bytes | None, layer: str, head: str):
-    if encoded is None:
-      raise gr.Error('No file was given. Upload an image.', print_exception=False)
+  def check_menus(layer: str, head: str):
     if layer not in viewer.layers or head not in viewer.head_names:
       layers, heads = ', '.join(viewer.layers), ', '.join(viewer.head_names)
       raise gr.Error(
         f'Unknown layer or head. Layers: {layers}. Heads: {heads}.', print_exception=False
       )
+
+  def classify(encoded: bytes | None, layer: str, head: str):
+    if encoded is None:
+      raise gr.Error('No file was given. Upload an image.', print_exception=False)
+    check_menus(layer, head)
     try:
       seen = viewer.open(encoded)
     except BadImage as error:
       raise gr.Error(str(error), print_exception=False) from error
     return viewer.guesses(seen), viewer.picture(seen, layer, head), seen
 
-  def take_example(event: gr.SelectData, layer: str, head: str):
+  def take_example(event: Choice, layer: str, head: str):
+    if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
+      raise gr.Error(
+        f'No example has the number {event.index!r:.50}. The page has {len(examples)} examples, '
+        'which are counted from 0.',
+        print_exception=False,
+      )
     return classify(examples[event.index].read_bytes(), layer, head)
 
   def draw_again(seen: Seen | None, layer: str, head: str):
+    check_menus(layer, head)
     return None if seen is None else viewer.picture(seen, layer, head)
 
   def finish(seen: Seen | None):
@@ -285,15 +283,3 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
   gallery.select(lambda: None, None, file, **quiet)
   again = dict(api_visibility='private', show_progress='hidden')
   gr.on([layer.change, head.change], draw_again, [seen, *chosen], picture, **again)
-
-
-def refuse_addresses(file: gr.File) -> None:
-  """Makes Gradio refuse URLs that clients send, because a download would have no size limit."""
-  keep = file.async_move_resource_to_block_cache
-
-  async def keep_uploads(path):
-    if path and not pathlib.Path(path).is_file():
-      raise gr.Error('URLs are not accepted. Upload the file itself.', print_exception=False)
-    return await keep(path)
-
-  file.async_move_resource_to_block_cache = keep_uploads

@@ -11,7 +11,8 @@ Decisions:
     analytics and no share link. If a client sends a URL instead of a file, the server refuses it.
   * Uploads are stored in a temporary folder, which is deleted when the server stops. Gradio writes
     all its files into this folder.
-  * An invalid request causes a message to the client or one line in the log, never a traceback.
+  * An invalid request causes a message to the client or one line in the log. A traceback in the log
+    means that the page has a bug, or that Gradio has one.
 """
 
 import logging
