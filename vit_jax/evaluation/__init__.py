@@ -7,7 +7,7 @@ from vit_jax.evaluation.answers import (
   trust,
 )
 from vit_jax.evaluation.data import load_split, open_data, open_test
-from vit_jax.evaluation.exact import evaluate, evaluate_checkpoint, score_split
+from vit_jax.evaluation.exact import INPUT, evaluate, evaluate_checkpoint, score_split
 from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
 from vit_jax.evaluation.files import PathLike, find_images
@@ -18,6 +18,7 @@ from vit_jax.evaluation.scoring import Losses, Scores, quality, summarize, train
 from vit_jax.evaluation.teaching import with_teacher
 
 __all__ = [
+  'INPUT',
   'Losses',
   'PathLike',
   'Scores',

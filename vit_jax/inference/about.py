@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import pathlib
 import re
 
+from vit_jax.evaluation import INPUT
 from vit_jax.experiment import Experiment
 from vit_jax.inference.card import source_text
 from vit_jax.names import one_line
@@ -12,7 +13,12 @@ from vit_jax.workdir import read_json
 SHOWN = 30  # maximum number of class names in the description
 
 
-def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> dict[str, str]:
+def about(
+  exp: Experiment,
+  step: int | None,
+  workdir: pathlib.Path | None,
+  overrides: Mapping[str, object] | None = None,
+) -> dict[str, str]:
   """Returns what visitors of the demo page must know about the model, as `{title: Markdown text}`.
 
   Args:
@@ -20,18 +26,22 @@ def about(exp: Experiment, step: int | None, workdir: pathlib.Path | None) -> di
     step: step number of the checkpoint; None for published weights.
     workdir: folder of the run; None for published weights. The accuracy is read from `eval.json` in
       this folder, if the file exists.
+    overrides: dotted config keys and their values with which the page runs the model.
   """
+  changed = {key: str(value) for key, value in (overrides or {}).items() if key.startswith(INPUT)}
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}
   # Use `eval.json` only if it was written for the page's step, dataset and config.
-  own = measured.get('step') == step and not measured.keys() & {'max_patches', 'overrides'}
+  own = measured.get('step') == step and 'max_patches' not in measured
   own = own and measured.get('source') == exp.config.data.source
+  others = measured.get('overrides') or {}
+  own = own and {key: str(value) for key, value in others.items()} == changed
   height, width = exp.task.stored_size
   trained = source_text(exp.config.data, exp.task.train_examples)
   return {
     'Classes': classes_text(exp),
     'Images': f'The model sees an image at {height} x {width} pixels. Smaller details are lost.',
     'Accuracy': accuracy_sentence(measured if own else {}, exp.task.multi_label),
-    'Probabilities': probabilities_text(exp),
+    'Probabilities': probabilities_text(exp, bool(changed)),
     'Training data': f'{trained}.' if exp.task.train_examples else 'Unknown.',
   }
 
@@ -73,17 +83,25 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
     return 'Not measured for this checkpoint. Run `--mode=eval` to measure it.'
 
 
-def probabilities_text(exp: Experiment) -> str:
+def probabilities_text(exp: Experiment, changed: bool) -> str:
   """Returns a sentence that says how the model's probabilities were calibrated.
 
   If images can have several labels, the sentence instead gives the probability from which on the
   model predicts a label.
+
+  Args:
+    exp: the experiment of the weights.
+    changed: whether the page overrides config keys that change what the model computes. Its
+      calibration was fitted without these overrides.
   """
   found = exp.calibration
   on = f'{found.examples:,} validation images'
+  on += ', but without the config overrides of this page' if changed else ''
   if exp.task.multi_label:
     chosen = f'The thresholds were chosen on {on}' if found.thresholds else 'The threshold is 0.5'
     return f'An image gets each label whose probability reaches a threshold. {chosen}.'
+  if found.examples and changed:
+    return f'Not calibrated: the temperature {found.temperature:.4g} was fitted on {on}.'
   if found.examples:
     return f'Probabilities are calibrated on {on}, with the temperature {found.temperature:.4g}.'
   return 'Probabilities are not calibrated: 90% does not mean that 9 of 10 such answers are right.'

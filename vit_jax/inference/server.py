@@ -111,7 +111,7 @@ def serve(request: Request, host: str, port: int) -> None:
     with progress.announced('Compiling ...'):
       viewer = page.Viewer(exp, params)
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))
-    limits = about(exp, step, request.workdir)
+    limits = about(exp, step, request.workdir, request.overrides)
     blocks = page.build(viewer, examples, f'vit_jax: {request.name}', limits)
     gate.launch(blocks, host, port)
     log.info('Serving on %s', blocks.local_url)
