@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -454,6 +455,21 @@ def test_a_picture_shows_the_block_and_the_head_of_the_menus(layer, head, index)
   wanted = heads_RKhw[index] if head != page_lib.MEAN else heads_RKhw[index].mean(axis=0)
   found = page_lib.Viewer.picture(menus, seen, layer, head)
   np.testing.assert_array_equal(found, page_lib.light(image_HWC, wanted))
+
+
+@pytest.mark.slow
+def test_the_exit_codes_of_the_documentation_are_true_for_serve(trained):
+  command = [sys.executable, 'main.py', '--mode=serve', f'--workdir={trained[0]}', '--port=0']
+  process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  assert any('Serving on' in line for line in process.stderr)
+  time.sleep(1)
+  process.send_signal(signal.SIGINT)
+  process.communicate(timeout=60)
+  assert process.returncode == 0
+  rows = [line.split(' | ') for line in (ROOT / 'docs' / 'cli.md').read_text().splitlines()]
+  codes = {row[0].strip('| '): row[1] for row in rows if len(row) == 2}
+  assert 'Ctrl-C stopped `serve`' in codes['0'] and 'except' in codes['130']
+  assert '`train` or `verify`' in codes['75'] and 'SIGTERM' in codes['143']
 
 
 def test_port_0_is_any_free_port():

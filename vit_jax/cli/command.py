@@ -3,8 +3,8 @@
 Decisions:
   * Most help pages are printed without importing JAX, because the import takes seconds.
   * If the user made a mistake, the program prints `error: ...` instead of a traceback, and returns
-    the exit code 2. The exit code 75 means that a signal stopped the program, or that a bucket did
-    not answer. The user can then repeat the command.
+    the exit code 2. The exit code 75 means that SIGTERM stopped training or `verify`, or that a
+    bucket did not answer. The user can then repeat the command.
 """
 
 import argparse

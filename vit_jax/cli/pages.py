@@ -33,14 +33,16 @@ Without `--mode`, the mode is `train`.
 
 | exit code | meaning |
 | --- | --- |
-| 0 | success |
+| 0 | success, or SIGTERM or Ctrl-C stopped `serve` while it served the page |
 | 1 | `predict` could not read an image, `verify` found a difference, another process died or did \
 not connect, or the program has a bug |
 | 2 | any other error, such as a wrong flag or unreadable data; the last line of the \
 output explains it |
-| 75 | the program was stopped by a signal, or a bucket did not answer; repeat the same command |
-| 130 | the program was stopped by Ctrl-C |
-| 141 | the program that reads the output, such as `head`, has ended |"""
+| 75 | SIGTERM stopped `train` or `verify`, or a bucket did not answer in any mode; repeat the \
+same command |
+| 130 | Ctrl-C stopped the program in any mode, except `serve` while it served the page |
+| 141 | the program that reads the output, such as `head`, has ended |
+| 143 | SIGTERM stopped the program in another mode, or before a mode began its work |"""
   ''
 )
 
