@@ -269,8 +269,9 @@ def test_a_loss_of_accuracy_is_warned_about(monkeypatch, tmp_path, caplog, after
   for size, folder in enumerate(folders.values(), start=3):
     folder.mkdir()
     (folder / 'model.onnx').write_bytes(bytes(size))
-  program = types.SimpleNamespace(image_shape=(8, 8, 3), image_NHWC=images(5))
-  found = measuring.compare(program, lambda folder: folder.name, folders, None)
+  program = types.SimpleNamespace(image_shape=(8, 8, 3), image_NHWC=images(5), class_names=None)
+  exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=('cat', 'dog')))
+  found = measuring.compare(program, lambda folder: folder.name, folders, exp)
   measured = {'float32': measuring.Measured(3, 0.5, 0.8), 'int8': measuring.Measured(4, 0.5, after)}
   assert (found.found, found.test, found.calibrated) == (measured, '9 images of `test`', 5)
   assert ('int8: the accuracy falls from 80.00% to 70.00%.' in caplog.text) == warned

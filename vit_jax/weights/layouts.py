@@ -177,12 +177,16 @@ def check_depth(origin: str, depth: int, arrays: Collection[str]) -> None:
     )
 
 
+SMALL = 2**24  # parameters with at most this many numbers need little memory
+
+
 def check_total(
   origin: str, wanted: Mapping[str, tuple[int, ...]], arrays: Mapping[str, np.ndarray]
 ) -> None:
   """Raises ValueError if a parameter of a model is larger than all arrays of a file together.
 
-  Without this check, reading the file would allocate arrays of the size of this parameter.
+  Without this check, reading the file would allocate arrays of the size of this parameter. Small
+  parameters pass, because the comparison with the file's arrays explains a wrong shape better.
 
   Args:
     origin: name of the file, for the message.
@@ -191,7 +195,7 @@ def check_total(
   """
   total = sum(array.size for array in arrays.values())
   for name, shape in wanted.items():
-    if math.prod(shape) > total:
+    if math.prod(shape) > max(total, SMALL):
       raise ValueError(
         f'{origin}: the parameter {name} of the model has shape {shape}, but all arrays of the '
         f'file together have only {total:,} numbers. Use the config that belongs to the weights.'
