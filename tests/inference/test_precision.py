@@ -264,14 +264,16 @@ def test_a_loss_of_accuracy_is_warned_about(monkeypatch, tmp_path, caplog, after
   quality = {'float32': 0.8, 'int8': after}
   monkeypatch.setattr(measuring, 'measure_latency', lambda runs, _: dict.fromkeys(runs, 0.5))
   monkeypatch.setattr(measuring, 'open_test_images', lambda _: ('test', '9 images of `test`'))
-  monkeypatch.setattr(measuring, 'measure_quality', lambda exp, run, test: quality[run])
+  monkeypatch.setattr(measuring, 'measure_quality', lambda exp, run, test: run(None)[0, 0])
   folders = {name: tmp_path / name for name in quality}
   for size, folder in enumerate(folders.values(), start=3):
     folder.mkdir()
     (folder / 'model.onnx').write_bytes(bytes(size))
   program = types.SimpleNamespace(image_shape=(8, 8, 3), image_NHWC=images(5), class_names=None)
   exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=('cat', 'dog')))
-  found = measuring.compare(program, lambda folder: folder.name, folders, exp)
+  found = measuring.compare(
+    program, lambda folder: lambda _: np.full((1, 2), quality[folder.name]), folders, exp
+  )
   measured = {'float32': measuring.Measured(3, 0.5, 0.8), 'int8': measuring.Measured(4, 0.5, after)}
   assert (found.found, found.test, found.calibrated) == (measured, '9 images of `test`', 5)
   assert ('int8: the accuracy falls from 80.00% to 70.00%.' in caplog.text) == warned
