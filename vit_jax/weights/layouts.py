@@ -19,6 +19,8 @@ import numpy as np
 
 from vit_jax.model import ViT
 
+SMALL = 2**24  # reading may always allocate parameters with at most this many numbers
+
 Arrays = list[np.ndarray]
 
 
@@ -175,9 +177,6 @@ def check_depth(origin: str, depth: int, arrays: Collection[str]) -> None:
       f'{origin}: the model has {depth:,} blocks, but the file has only {len(arrays):,} arrays. '
       'Expected at least one array for each block. Use the config that belongs to the weights.'
     )
-
-
-SMALL = 2**24  # parameters with at most this many numbers need little memory
 
 
 def check_total(
