@@ -21,7 +21,7 @@ from vit_jax.model import (
   merged,
 )
 from vit_jax.model.layers import Block, Mlp
-from vit_jax.optim import optimizers
+from vit_jax.optim import muon, optimizers
 from vit_jax.training import tracing
 from vit_jax.weights import flatten_params
 
@@ -150,7 +150,7 @@ def test_every_table_knows_every_parameter_of_a_block(kind):
 
   decayed = flatten_params(optimizers.is_matrix(params))
   assert {n for n, yes in decayed.items() if yes} == kernels | {'embedding/kernel', 'head/kernel'}
-  sides = optimizers.block_matrices(params)['block_0']['mlp']
+  sides = muon.block_matrices(params)['block_0']['mlp']
   assert all(sides[name]['kernel'].reduction_axis == (0,) for name in sides if 'norm' not in name)
   scaled = optimizers.scale_by_layer(0.5).update(params, ())[0]
   np.testing.assert_array_equal(scaled['block_0']['mlp']['up']['kernel'],

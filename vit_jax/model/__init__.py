@@ -15,6 +15,7 @@ from vit_jax.model.layers import ACTIVATIONS, MLPS, Block, Dense
 from vit_jax.model.patching import Packer, Padded, cut, native_grid, resize_embedding
 from vit_jax.model.pooling import POOLS, Pool, pooled, without_pool
 from vit_jax.model.positions import POSITIONS, RESIZES, Position, resize_positions, sincos
+from vit_jax.model.products import stored_transpose, wants_stored
 from vit_jax.model.resnet import stem_stride
 from vit_jax.model.variants import (
   ATTRIBUTES,
@@ -73,8 +74,10 @@ __all__ = [
   'select_kernel',
   'sincos',
   'stem_stride',
+  'stored_transpose',
   'stretched',
   'unit',
   'variant_fields',
+  'wants_stored',
   'without_pool',
 ]

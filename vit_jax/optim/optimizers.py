@@ -10,9 +10,10 @@ Decisions:
 import jax
 import optax
 
-from vit_jax.model import ADAPTED, ADAPTERS, first_layer, last_layer
+from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.names import accepted, choose
 from vit_jax.optim import schedules
+from vit_jax.optim.muon import block_matrices, orthogonalized
 
 
 def adamw(
@@ -68,6 +69,7 @@ def muon(
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
   Section 2.2), so Muon and AdamW use the same learning rate. In optax, both use Nesterov momentum.
+  The `update` of this optimizer has two more arguments (see `orthogonalized`).
 
   Args:
     schedule: learning rate of each step.
@@ -77,36 +79,22 @@ def muon(
     momentum: decay of Muon's momentum.
     moment_dtype: type of Muon's momentum and AdamW's first moment, one of `MOMENT_DTYPES`.
   """
+  momenta = optax.contrib.muon(
+    -1.0,  # the sign and the learning rate are applied after the weight decay
+    ns_steps=0,  # `orthogonalized` replaces the Newton-Schulz iterations of optax
+    beta=momentum,
+    mu_dtype=moment_dtype,
+    adam_b1=b1,
+    adam_b2=b2,
+    muon_weight_dimension_numbers=block_matrices,
+  )
   return optax.chain(
+    orthogonalized(momenta),
     # The weight decay is a separate step, because the weight decay inside optax's Muon would either
     # skip the embedding and the head, or also decay all biases.
-    optax.contrib.muon(
-      -1.0,  # the sign and the learning rate are applied after the weight decay
-      beta=momentum,
-      mu_dtype=moment_dtype,
-      adam_b1=b1,
-      adam_b2=b2,
-      muon_weight_dimension_numbers=block_matrices,
-      consistent_rms=0.2,
-    ),
     optax.add_decayed_weights(weight_decay, mask=is_matrix),
     optax.scale_by_learning_rate(schedule),
   )
-
-
-def block_matrices(params: dict) -> dict:
-  """Returns the input and output axes of each kernel in a block, as a tree like `params`.
-
-  The tree contains None for all other parameters.
-  """
-
-  def axes(path, x):
-    if not any(x.key.startswith('block_') for x in path) or path[-1].key != 'kernel':
-      return None
-    inputs = ADAPTED[path[-2].key]
-    return optax.contrib.MuonDimensionNumbers(tuple(range(inputs)), tuple(range(inputs, x.ndim)))
-
-  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 OPTIMIZERS = {'adamw': adamw, 'muon': muon, 'sgd': sgd}
@@ -178,7 +166,7 @@ def is_matrix(params) -> dict:
 
 def make_optimizer(
   name: str, schedule: schedules.Schedule, clip: float, layer_decay: float = 1.0, **arguments
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer `name`, preceded by gradient clipping and followed by layer decay.
 
   Args:
@@ -195,4 +183,4 @@ def make_optimizer(
     parts.insert(0, optax.clip_by_global_norm(clip))
   if layer_decay != 1:
     parts.append(scale_by_layer(layer_decay))
-  return optax.chain(*parts) if len(parts) > 1 else parts[0]
+  return optax.with_extra_args_support(optax.chain(*parts) if len(parts) > 1 else parts[0])

@@ -96,7 +96,9 @@ def train_step(
   grads, score = add_up(gradient, mesh, parts)(batch, trained, frozen | taught, key, early)
 
   with jax.named_scope('optimizer'):
-    updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+    updates, opt_state = training.optimizer.update(
+      grads, state.opt_state, trained, mesh=mesh, dtype=exp.model.dtype
+    )
     params = optax.apply_updates(trained, updates) | frozen
   metrics = {
     'score': score,
