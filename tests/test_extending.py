@@ -77,7 +77,7 @@ def weighted_mean(model, x_BND):
   return jnp.einsum('BN,BND->BD', share_BN, x_BND)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
   entry = Pool(
     weighted_mean,

@@ -101,6 +101,7 @@ def test_the_fine_tuning_page_runs(tutorial):
   assert 0 <= tuned['test_accuracy'] <= 1 and 0 <= probed['test_accuracy'] <= 1
 
 
+@pytest.mark.long
 def test_the_page_on_pretraining_runs(tutorial):
   for command in commands('pretraining.md'):
     if ':tiny,cifar10' not in command:  # downloads CIFAR-10

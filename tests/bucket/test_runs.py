@@ -107,6 +107,7 @@ def steps_of(server, run='run'):
           and name.count('/') == 3}  # fmt: skip
 
 
+@pytest.mark.long  # .ci/run kills runs in a bucket with benchmarks/bucket_faults.py
 def test_a_killed_run_in_a_bucket_ends_like_a_local_run(server, data, tmp_path):
   finish(start(server, tmp_path / 'local', *FLAGS, data=data))
   here, scratch = set(os.listdir(ROOT)), tmp_path / 'scratch'

@@ -68,7 +68,7 @@ def wait_for(condition, processes):
     time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # .ci/run kills two processes with benchmarks/faults.py
 def test_run_of_two_processes_survives_a_kill_and_a_preemption(tmp_path):
   reference = trainer.train(small_config(**SETTINGS), tmp_path / 'alone')  # two devices
   workdir = tmp_path / 'together'

@@ -133,6 +133,7 @@ def test_training_from_a_knn_head_starts_with_a_new_linear_head(nearest, trained
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('extra', [{'model.cosine': 'true'}, {'model.representation_size': '8'}])
 def test_a_head_for_other_classes_and_layers_after_the_pool(extra, tmp_path):
   train(small_config(**extra), tmp_path / 'run')

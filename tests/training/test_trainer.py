@@ -55,7 +55,7 @@ def assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # .ci/run kills runs with benchmarks/faults.py
 def test_killed_run_resumes_bit_for_bit(tmp_path):
   overrides = {'epochs': '10', 'ema': '0.9', 'augment.pad_crop.padding': '1'}
   whole = start_process(tmp_path / 'whole', **overrides)

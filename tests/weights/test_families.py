@@ -305,6 +305,7 @@ def test_every_mode_works(name, capsys, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('fields', [
     {'model.mlp': 'gated', 'model.activation': 'silu', 'model.position': 'rope_unit'},
     {'model.mlp': 'gated_norm', 'model.out_norm': 'true', 'model.position': 'learned_rope',

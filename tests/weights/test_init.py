@@ -375,6 +375,7 @@ def test_hub_names_load_from_the_cache_without_a_network(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('position', ['sincos', 'rope'])
 def test_positions_without_parameters_are_stretched_as_in_the_workdir(position, tmp_path):
   """`--init` and `--workdir` see the same model at another size, and a new run keeps it."""
