@@ -27,8 +27,8 @@ ABOUT = f"""# Models
 This page lists the models that you can build or load by name. The column `parameters` gives the
 number of parameters in millions, for images of {PIXELS}x{PIXELS} pixels and a head of 1,000
 classes. There are two exceptions: `tiny`, `small` and `wide` are for images of 32x32 pixels and 10
-classes, and DINOv3 has no head. The command `python -m benchmarks.zoo` builds the models, counts
-their parameters and writes this page.
+classes. DINOv3 models in Hugging Face's format have no head. The command `python -m benchmarks.zoo`
+builds the models, counts their parameters and writes this page.
 
 We have not tested the full-size published files, because we had no access to them. Instead, we
 tested the formats with small models, in two ways:
@@ -189,9 +189,9 @@ def tables() -> str:
   known = [name for name in sorted(names) if names[name]]
   lines += ['\n## timm\n']
   lines += [
-    f'This project knows {len(known)} architecture names of timm. The Hub names of the published '
-    'weights are `timm/<name>.<tag>`, with a name from this table. A folder that timm saved can '
-    'have any architecture name if its `config.json` contains `model_args`. '
+    f'This project can load models with {len(known)} architecture names of timm. The Hub names of '
+    'the published weights are `timm/<name>.<tag>`, with a name from this table. A folder that '
+    'timm saved can have any architecture name if its `config.json` contains `model_args`. '
     '`test_timms_names_stand_for_its_arguments` checks that the dimensions for every name are the '
     'same as in timm. The tests `test_timm` and `test_timm_eva`, and the tests with the fixtures '
     '`timm_*`, compare outputs with timm.\n',

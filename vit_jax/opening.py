@@ -268,8 +268,8 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
 
   Args:
     request: the model to open.
-    classes: classes of the model, as in `from_init`. A model that was trained without labels has no
-      classes, so that `classes` must then be `data` or `any`.
+    classes: where the classes of the model come from: `weights`, `data` or `any`, as in
+      `from_init`. For a model that was trained without labels, it must be `data` or `any`.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.

@@ -168,8 +168,8 @@ def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   inside = workdir.resolve().is_relative_to(root.resolve())
   if path and inside and not split:
     raise ValueError(
-      f'{workdir}: the workdir must not be in the image folder {root}, because its folders and '
-      'pictures would become data. Choose a --workdir outside of this folder.'
+      f'{workdir}: the workdir must not be in the image folder {root}, because the pictures '
+      'in the workdir would become training data. Choose a --workdir outside of this folder.'
     )
 
 

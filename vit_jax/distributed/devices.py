@@ -32,10 +32,10 @@ _one_per_core = False  # True if `start_up`, not the user, set the number of CPU
 def start_up() -> None:
   """Sets the number of JAX's CPU devices to the number of CPU cores.
 
-  This function must be called before the first query for devices, because the query starts JAX, by
-  default with a single CPU device. The function does nothing if the user has set the number of CPU
-  devices, or if JAX is already running. A mesh for small batches uses only some of these devices
-  (see `worth`).
+  Call this function before the first query for devices. The first query starts JAX, which then uses
+  a single CPU device unless their number is set. The function does nothing if the user has set the
+  number of CPU devices, or if JAX is already running. A mesh for small batches uses only some of
+  these devices (see `worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:

@@ -48,8 +48,8 @@ def open_data(experiment: Experiment) -> Source:
       f'{data.source} has {len(source.class_names)} classes ({own}), but the model has '
       f'{len(task.class_names)} classes ({given}). '
       f'{difference(source.class_names, task.class_names)}. '
-      'Use a dataset with the classes of the model, in the same order. To measure the features on '
-      'other classes, use --mode=fewshot with --init=<workdir> instead of --workdir.'
+      'Use a dataset with the classes of the model, in the same order. To measure how well the '
+      'features separate other classes, use --mode=fewshot with --init=<workdir>, not --workdir.'
     )
   if source.channels != task.channels:
     raise ValueError(

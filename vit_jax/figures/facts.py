@@ -32,9 +32,9 @@ RESULT = {  # key in `result.json`: (name in the report, format)
 
 
 def numbers(subject: Subject, workdir: pathlib.Path | None) -> dict[str, str]:
-  """Returns the results of a run as `{name: text}`.
+  """Returns the results of a run and facts about its model as `{name: text}`.
 
-  If the run is not finished, the results are the latest metrics.
+  If the run is not finished, the results are the number of steps and the latest test accuracy.
 
   Args:
     subject: the data of the run.

@@ -263,7 +263,7 @@ def check_rotation(model: nn.Module) -> None:
   if model.head_size % 4:
     raise ValueError(
       f'model.position={model.position} needs a head size divisible by 4, got {model.head_size}. '
-      'Set model.head_dim.'
+      'Set model.head_dim to a multiple of 4.'
     )
   if model.rope_theta is None or not 0 < model.rope_theta < math.inf:
     raise ValueError(f'model.rope_theta must be positive, got {model.rope_theta}.')

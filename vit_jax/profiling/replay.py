@@ -137,8 +137,8 @@ def check_repeatable(
 ) -> None:
   """Raises ValueError if the steps between two checkpoints cannot be repeated.
 
-  The steps cannot be repeated if the run trains only a head, or if a new learning-rate cycle began
-  between the two checkpoints.
+  The steps cannot be repeated if the run trains or computes only a head, or if a new learning-rate
+  cycle began between the two checkpoints.
 
   Args:
     workdir: folder of the run.
@@ -149,8 +149,9 @@ def check_repeatable(
   """
   if config.freeze or config.classifier:
     raise ValueError(
-      f'--mode=verify repeats training steps, but {workdir} holds a run that trains only a head '
-      '(freeze, classifier). Repeat the run in another --workdir and compare the results.'
+      f'--mode=verify repeats training steps, but {workdir} holds a run that trains or '
+      'computes only a head (the keys freeze and classifier). Repeat the run in another --workdir '
+      'and compare the results.'
     )
   if cycles and first < cycles[-1]:
     raise ValueError(

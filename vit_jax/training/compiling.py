@@ -75,7 +75,7 @@ def resumed(exp: Experiment, saved: Mapping) -> Experiment:
 
 
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
-  """Returns the plans that the config allows, ordered from high speed to low memory use."""
+  """Returns the plans that the config allows, from the fastest to the smallest in memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
   together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)

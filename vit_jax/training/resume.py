@@ -84,8 +84,9 @@ def begin(
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
-  Runs of version 0.1.0 on image folders pass this check. `opening.from_config` rejects them later,
-  because version 0.1.0 divided image folders differently into training and held-out files.
+  This check does not look at the data source. `opening.from_config` later rejects all runs of
+  version 0.1.0 on image folders, because version 0.1.0 divided image folders differently into
+  training and held-out files.
 
   Args:
     item: JSON of the newest checkpoint (its item `config`). It has no key `version` if version

@@ -141,7 +141,7 @@ class Format:
     save: function that writes the files. Its arguments are `(model, params, folder, preprocessing,
       class_names)`, or `(program, folder)` for a program. The function raises ValueError for a
       model that the format cannot hold.
-    holds_labels: whether the format stores `multi_label`, which is then an argument of `save`.
+    holds_labels: whether the format stores `multi_label`. If so, it is an argument of `save`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
@@ -149,7 +149,7 @@ class Format:
     read: `(path) -> Weights`; None if the format is only written.
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> function` opens a program as a function `image_BHWC -> output_BL`. None for
-      weights. A program enlarges images from `stored_size`, and divides logits by the temperature.
+      weights. A program enlarges images of its `stored_size` and divides logits by the temperature.
     precisions: `{name: Precision}` for the precisions below float32 that a program can have.
     holds_names: whether the format can store class names.
   """
