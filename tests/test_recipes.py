@@ -156,11 +156,12 @@ def test_the_picture_shows_accuracy_by_minutes_of_training(monkeypatch, tmp_path
   (tmp_path / 'cifar10_tiny.json').write_text(json.dumps(result))
   (tmp_path / 'cifar10_tiny' / 'seed0.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   assert [name for name in recipes.RECIPES if recipes.is_drawn(name)] == ['cifar10_tiny']
-  (axis,) = recipes.draw_minutes(['cifar10_tiny']).axes
+  figure = recipes.draw_minutes(['cifar10_tiny'])
+  (axis,) = figure.axes
   (line,) = axis.lines
   np.testing.assert_array_equal(line.get_xydata(), [(4.0, 0.5), (5.0, 0.6)])
-  assert [text.get_text() for text in axis.texts] == ['60.0%']
-  assert axis.get_legend().get_texts()[0].get_text() == 'tiny, 20 epochs, AMD EPYC'
+  (legend,) = figure.legends
+  assert [x.get_text() for x in legend.get_texts()] == ['tiny, 20 epochs: 60.0% (AMD EPYC)']
 
 
 def test_a_grid_can_be_a_list_of_combinations():
