@@ -10,6 +10,7 @@ import argparse
 import datetime
 import pathlib
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ RESULTS = pathlib.Path(__file__).resolve().parents[1] / 'results'
 
 def command(config: str, overrides: dict[str, object]) -> str:
   """Returns the config and overrides in command-line form."""
-  return ' '.join((config, *(f'--config.{key}={value}' for key, value in overrides.items())))
+  return shlex.join((config, *(f'--config.{key}={value}' for key, value in overrides.items())))
 
 
 def train(config: str, overrides: dict[str, object], workdir: pathlib.Path) -> bool:
