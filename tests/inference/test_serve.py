@@ -209,6 +209,24 @@ def test_the_server_does_not_fetch_addresses_for_a_client(client):
     client.predict(address, page_lib.ROLLOUT, page_lib.MEAN, api_name='/predict')
 
 
+def test_the_server_does_not_fetch_addresses_for_a_menu(page):
+  address = {'path': 'http://example.com/a', 'meta': {'_type': 'gradio.FileData'}}
+  (predict,) = functions(page, api_name='predict')
+  for data in ([None, address, page_lib.MEAN], [None, page_lib.ROLLOUT, address]):
+    assert 'Upload the file itself' in call(page, predict, data)
+
+
+def test_a_request_that_is_too_large_is_stopped(page):
+  for path, size in (('queue/join', 2**21), ('upload', 22 * 2**20)):
+    kind = 'multipart/form-data; boundary=a' if path == 'upload' else 'application/json'
+    start = b'--a\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    body = start + bytes(size) + b'\r\n--a--\r\n' if path == 'upload' else b'"' + b'x' * size + b'"'
+    request = urllib.request.Request(f'{page}gradio_api/{path}', body, {'Content-Type': kind})
+    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError)) as caught:
+      urllib.request.urlopen(request)
+    assert getattr(caught.value, 'code', 413) in (400, 413)
+
+
 def call(page, fn_index, data, **more):
   """Sends inputs to one function of the page through the queue; returns all messages as text."""
   body = {'fn_index': fn_index, 'data': data, 'session_hash': 'wrong', **more}

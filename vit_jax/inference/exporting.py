@@ -134,8 +134,8 @@ def check_card(out: pathlib.Path, entry: Format) -> None:
   file = out / card.NAME
   if file.is_file() and card.SIGNATURE in file.read_bytes().decode('utf-8', 'replace'):
     return
-  others = [name for pattern in entry.files for name in sorted(out.glob(pattern))]
-  for found in [file] * file.is_file() + others:
+  written = card.NAME, *entry.files, 'config.json', 'preprocessor_config.json', 'model.json'
+  for found in [path for pattern in written for path in sorted(out.glob(pattern))]:
     raise ValueError(
       f'{found} already exists and was not written by an export. Choose a different folder.'
     )

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 20 * 2**20  # maximum size of an uploaded file
 
+MAX_REST = 2**20  # maximum number of bytes in a request, apart from the uploaded file
+
 MAX_SESSIONS = 256  # maximum number of sessions whose results are kept in memory
 
 LONGEST = 300  # maximum number of characters of a reason in an error message
@@ -51,6 +53,7 @@ CSS = """
 class Gate:
   """ASGI middleware that answers all requests with 404, except those in `ALLOWED`.
 
+  Requests that are larger than the page needs are stopped while they arrive, and answered with 413.
   If Gradio cannot answer a request, for example because the request names an unknown function, the
   log gets one line instead of a traceback.
   """
@@ -68,13 +71,23 @@ class Gate:
     if allowed is None or not allowed.fullmatch(path):
       return await PlainTextResponse('Not found.', status_code=404)(scope, receive, send)
 
+    left = MAX_REST + (MAX_BYTES if path.endswith('/upload') else 0)
+
+    async def take() -> dict:
+      nonlocal left
+      message = await receive()
+      left -= len(message.get('body', b''))
+      if left < 0:
+        raise HTTPException(413, f'Files can have at most {MAX_BYTES >> 20} MiB.')
+      return message
+
     async def answer(message) -> None:
       nonlocal began
       began = True
       await send(message)
 
     try:
-      return await self.app(scope, receive, answer)
+      return await self.app(scope, take, answer)
     except ClientDisconnect:
       log.info('A client disconnected during %s.', one_line(path))
       failed = ''  # nobody reads this answer
@@ -133,16 +146,19 @@ def reason_of(error: BaseException) -> str:
   return one_line(text)[:LONGEST]
 
 
-def refuse_addresses(file: gr.File) -> None:
-  """Makes Gradio refuse URLs that clients send, because a download would have no size limit."""
-  keep = file.async_move_resource_to_block_cache
+def refuse_addresses(part: gr.components.Component) -> None:
+  """Makes Gradio refuse URLs that clients send, because a download would have no size limit.
+
+  Gradio would download a URL for any input, even for a menu.
+  """
+  keep = part.async_move_resource_to_block_cache
 
   async def keep_uploads(path):
     if path and not pathlib.Path(path).is_file():
       raise gr.Error('URLs are not accepted. Upload the file itself.')
     return await keep(path)
 
-  file.async_move_resource_to_block_cache = keep_uploads
+  part.async_move_resource_to_block_cache = keep_uploads
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:

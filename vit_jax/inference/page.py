@@ -269,7 +269,8 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
     return None, None, None, None, None
 
   file, gallery, given, picture, layer, head, label, labels = parts
-  refuse_addresses(file)
+  for part in (file, layer, head):
+    refuse_addresses(part)
   quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
   model = dict(concurrency_id='model', concurrency_limit=1)  # one limit for all its requests
   outputs, chosen, rest = [label, picture, seen], [layer, head], [given, labels]

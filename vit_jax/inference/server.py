@@ -29,6 +29,7 @@ from vit_jax.data import save_png
 from vit_jax.evaluation import load_split, open_test
 from vit_jax.experiment import Experiment
 from vit_jax.inference.about import about
+from vit_jax.inference.card import public
 from vit_jax.opening import Request
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def serve(request: Request, host: str, port: int) -> None:
       viewer = page.Viewer(exp, params)
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))
     limits = about(exp, step, request.workdir, request.overrides)
-    blocks = page.build(viewer, examples, f'vit_jax: {request.name}', limits)
+    blocks = page.build(viewer, examples, f'vit_jax: {public(request.name)}', limits)
     gate.launch(blocks, host, port)
     log.info('Serving on %s', blocks.local_url)
     blocks.block_thread()
