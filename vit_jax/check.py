@@ -158,8 +158,8 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
       )
   if config.adapt and config.freeze:
     raise ValueError(
-      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}. adapt already keeps '
-      'the weights of init and trains the head. Remove one of these keys.'
+      f'adapt={config.adapt} cannot be combined with freeze={config.freeze}. adapt already '
+      'leaves the weights of init unchanged, and trains the head. Remove one of these keys.'
     )
 
 

@@ -79,12 +79,12 @@ def check_no_init(config: ConfigDict) -> None:
   if not keys:
     return
   message = (
-    f'{keys[0]} keeps the weights of init, but init is empty, so the kept weights %s random. '
+    f'{keys[0]} does not train the backbone, but init is empty, so the backbone %s random weights. '
     'Set --config.init, e.g. to a file, a folder or a workdir.'
   )
   if config.adapt or config.classifier:
-    raise ValueError(message % 'would be')
-  log.warning(message, 'are')  # a head on random weights is a baseline, so it is not refused
+    raise ValueError(message % 'would have')
+  log.warning(message, 'has')  # a head on random weights is a baseline, so it is not refused
 
 
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:

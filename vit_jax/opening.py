@@ -282,8 +282,8 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
     step = None
   elif request.zero_shot:
     raise ValueError(
-      f'--classes={request.zero_shot}: a trained model already has a head for its classes. Use '
-      '--init with weights of CLIP or SigLIP instead of --workdir.'
+      f'--classes={request.zero_shot}: the model of a workdir already has a head for its classes. '
+      'Use --init with weights of CLIP or SigLIP instead of --workdir.'
     )
   else:
     workdir = request.workdir

@@ -62,8 +62,8 @@ def check_cropping(overrides: Iterable[str], exp: Experiment) -> None:
   elif 'crop' not in exp.fit.keywords:
     height, width = exp.task.stored_size
     reason = (
-      f'this model was trained on whole images of {height}x{width} pixels, which it enlarges. It '
-      'scales other images to this size in the same way'
+      f'this model was trained on whole images of {height}x{width} pixels. Each image is scaled to '
+      f'{height}x{width} pixels without cropping, and then enlarged to the input size of the model'
     )
   else:
     return

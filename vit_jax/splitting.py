@@ -61,9 +61,9 @@ def open_splits(
   """Opens the training, validation and test splits; None instead of a missing validation split.
 
   `seen` lists the files on which the weights were trained. These files are removed from the
-  validation and test splits. The final run of a learning-rate sweep also trains on the validation
-  split. So in a run with a sweep, the run's own training files stay in the validation split. Only
-  the files on which the `init` weights or the teacher were trained are removed from this split.
+  validation and test splits, with one exception: the final run of a learning-rate sweep also trains
+  on the validation split. In a run with a sweep, only the files on which the `init` weights or the
+  teacher were trained are removed from the validation split.
 
   Raises:
     ValueError: the weights were trained on the whole validation split or the whole test split. Or
@@ -144,14 +144,16 @@ def cache_to_resume(
 ) -> str:
   """Returns `data.cache` for a run that is resumed, perhaps on a machine with less memory.
 
-  A run whose images were in memory may stream them if this does not change its training batches.
-  The result is then `auto`. The arguments, except for `before`, are as in `decide_cache`.
+  A run may change between memory and streaming if this does not change its training batches. The
+  result is then `auto`, even if `memory` is given, because this machine may have less memory. The
+  arguments, except for `before`, are as in `decide_cache`.
 
   Args:
     reading: settings for reading the splits, with the given `data.cache`.
     before: `data.cache` in the last session of the run.
     size: (height, width) that images are scaled to.
-    kept: function that returns the (height, width) of images that memory keeps smaller.
+    kept: function that returns the (height, width) of the images in memory if they are smaller than
+      `size`, else None.
 
   Raises:
     ValueError: the given value differs from `before`, and training batches would change.
@@ -166,7 +168,7 @@ def cache_to_resume(
       f'other training batches, because {why}. Resume with --config.data.cache={before}, or start '
       'a new run in another --workdir.'
     )
-  return given if why or given != before else 'auto'
+  return given if why or given == 'stream' else 'auto'
 
 
 def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:

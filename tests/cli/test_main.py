@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import ROOT, call, error, small_config
 import vit_jax
-from vit_jax import cli, limits, opening, storage
+from vit_jax import bucket, cli, limits, opening, storage
 from vit_jax import config as config_lib
 from vit_jax.check import check
 from vit_jax.cli.flags import STEP, split_paths
@@ -61,6 +61,16 @@ def test_the_compilation_cache_follows_the_environment(monkeypatch, tmp_path):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   cli.keep_compiled()
   assert os.environ['JAX_COMPILATION_CACHE_DIR'] == str(tmp_path / 'vit_jax' / 'compiled')
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  monkeypatch.setenv('XDG_CACHE_HOME', '~nobody-has-this-name/cache')
+  cli.keep_compiled()
+  assert 'JAX_COMPILATION_CACHE_DIR' not in os.environ
+
+
+def test_a_path_may_start_with_a_tilde_that_names_no_user(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  error(capsys, '--mode=eval', '--workdir=~nobody-has-this-name')
+  assert bucket.to_path('~nobody-has-this-name/a') == pathlib.Path('~nobody-has-this-name/a')
 
 
 def test_eval_prints_the_accuracy_of_the_run(capsys, trained):
@@ -496,7 +506,7 @@ def test_event_loops_that_fail_to_open_are_silent():
   assert (ended.stdout, ended.stderr) == ('Too many open files\n', '')
 
 
-def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch, trained):
+def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch, trained, tmp_path):
   def stop(*_):
     raise KeyboardInterrupt
 
@@ -505,6 +515,8 @@ def test_ctrl_c_exits_with_130_and_explains_how_to_resume(capsys, monkeypatch, t
     code, _, err = call(capsys, f'--mode={mode}', f'--workdir={trained[0]}')
     assert code == 130 and ('resumes from step 32.' in err) == (mode == 'train')
   assert 'Nothing was saved yet' in call(capsys, '--workdir=x')[2]
+  (tmp_path / 'sweep').mkdir()
+  assert 'continues to compare the learning rates' in call(capsys, f'--workdir={tmp_path}')[2]
 
 
 def test_a_second_ctrl_c_exits_immediately():

@@ -502,6 +502,31 @@ def test_files_other_than_images_are_counted_in_a_warning(tmp_path):
   assert 'folders not used: held. Test images are read from the folders test, val' in warnings[1]
 
 
+def test_images_outside_of_class_folders_are_named_in_warnings(tmp_path):
+  touch(tmp_path, [f'{c}/{i}.jpg' for c in 'ab' for i in range(20)] + ['1.jpg', '2.jpg'])
+  (warning,) = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
+  assert warning.startswith(f'{tmp_path}: images not used: 1.jpg, 2.jpg. ')
+  used = [f'{split}/{c}/0.jpg' for split in ('train', 'test') for c in 'ab']
+  touch(tmp_path / 'new', [*used, '1.jpg', 'train/2.jpg', 'test/3.jpg', 'test/.4.jpg'])
+  warnings = sources.open_source(f'folder:{tmp_path}/new', '', (4, 4)).warnings
+  assert [text.partition('. ')[0] for text in warnings] == [
+    f'{tmp_path}/new: images not used: 1.jpg',
+    f'{tmp_path}/new/train: images not used: 2.jpg',
+    f'{tmp_path}/new/test: images not used: 3.jpg',
+  ]
+
+
+def test_the_unicode_form_of_a_class_folder_does_not_matter(tmp_path):
+  composed, decomposed = 'M\u00f6we', 'Mo\u0308we'  # a Mac may store the second form
+  both = [f'train/{decomposed}/{i}.jpg' for i in range(3)] + [f'train/{composed}/3.jpg']
+  touch(tmp_path, [*both, 'train/Mp/0.jpg', f'test/{composed}/0.jpg', 'test/Mp/0.jpg'])
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.class_names == ('Mp', composed)
+  labels = {os.fsdecode(path): label for path, label in zip(
+    source.files['train'].path_N.tolist(), source.files['train'].label_N.tolist())}  # fmt: skip
+  assert labels == {path.removeprefix('train/'): 1 for path in both} | {'Mp/0.jpg': 0}
+
+
 @pytest.mark.parametrize('top', ['', 'train'])
 def test_folders_that_are_no_classes_are_named_in_a_warning(tmp_path, top):
   splits = ('train', 'test') if top else ('',)
@@ -601,6 +626,9 @@ def test_a_workdir_in_a_folder_of_classes_is_refused(tmp_path, kind):
   sources.check_apart(f'{kind}:photos', str(tmp_path), tmp_path / 'run')
   (tmp_path / 'photos' / 'train').mkdir()  # classes are in train/ and test/
   sources.check_apart(f'{kind}:photos', str(tmp_path), tmp_path / 'photos' / 'run')
+  for inside in ('train/cat/run', 'test/run'):
+    with pytest.raises(ValueError, match='must not be in the image folder'):
+      sources.check_apart(f'{kind}:photos', str(tmp_path), tmp_path / 'photos' / inside)
   sources.check_apart('digits', '', tmp_path)
 
 
@@ -841,9 +869,9 @@ def test_what_a_tree_with_a_training_folder_does_not_use_is_named_in_warnings(tm
   os.symlink('.', tmp_path / 'train' / 'loop')
   warnings = sources.open_source(f'images:{tmp_path}', '', (4, 4)).warnings
   assert [text.partition('.')[0] for text in warnings] == [
+    f'{tmp_path}: images not used: 4',
     f'{tmp_path}/train: folders not used: loop',
     f'{tmp_path}: folders not used: unused',
-    f'{tmp_path}: images not used: 4',
   ]
 
 

@@ -485,6 +485,10 @@ def test_splits_larger_than_memory_are_streamed(photos, monkeypatch, caplog):
   exp, _ = opening.from_config(config_, saved=exp.config, seen=exp.names)
   assert exp.config.data.cache == 'stream'
   config_lib.check_same_run(exp.config, config_, 'here')
+  few(monkeypatch)  # a run that began with `memory`, and streams since an earlier resume
+  memory = photo_config(photos, **off, **{'data.cache': 'memory'})
+  exp, _ = opening.from_config(memory, saved=exp.config, seen=exp.names)
+  assert exp.config.data.cache == 'stream'
   with pytest.raises(ValueError, match='data.cache'):
     other = photo_config(photos, **off, **{'data.cache': 'memory'})
     config_lib.check_same_run(exp.config, other, 'here')

@@ -69,6 +69,14 @@ def test_a_file_with_the_signs_of_a_pattern_in_its_name_is_found(photos):
   assert files.find_images(file) == [file]
 
 
+def test_find_images_follows_links_to_folders_but_no_loops(photos):
+  links = photos / 'links'
+  links.mkdir()
+  (links / 'linked').symlink_to(photos / 'a')
+  (links / 'loop').symlink_to(photos)
+  assert files.find_images(links) == [links / 'linked' / '0.png', links / 'linked' / '1.png']
+
+
 def test_find_images_accepts_one_path_or_many(photos):
   wanted = [photos / 'a' / '0.png', photos / 'a' / '1.png']
   for paths in (str(photos / 'a'), photos / 'a', [photos / 'a'], iter(wanted)):

@@ -130,7 +130,7 @@ def test_map_pooling_stays_plain_in_a_gated_model():
     (dict(position='rope_unit', head_dim=6), 'model.position=rope_unit needs a head size'),
     (dict(position='rope_unit', rope_theta=0.0), 'rope_theta must be positive, got 0.0'),
     (dict(position='rope_unit', rope_theta=float('inf')), 'rope_theta must be positive'),
-    (dict(position='learned_rope', rope_grid=(16,)), 'rope_grid must be two positive numbers'),
+    (dict(position='learned_rope', rope_grid=(16,)), 'rope_grid must be two positive integers'),
 ])  # fmt: skip
 def test_invalid_choices_are_refused(fields, message):
   with pytest.raises(ValueError, match=message):

@@ -161,7 +161,7 @@ def test_layouts_and_micro_batches_change_only_rounding(trained):
 
 
 @pytest.mark.parametrize('flags, message', [
-  ([], 'adapt=lora keeps the weights of init, but init is empty.*Set --config.init'),
+  ([], 'adapt=lora does not train the backbone, but init is empty.*Set --config.init'),
   (['--config.init=INIT', '--config.lora.rank=17'],
    r'lora.rank=17 is larger than a side of the kernel block_0/attention/key \(16x16\)'),
   (['--config.init=INIT', '--config.freeze=backbone'], 'adapt=lora cannot be combined with freeze'),

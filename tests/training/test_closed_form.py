@@ -179,7 +179,7 @@ def test_skipped_images_leave_padding_in_a_knn_head(monkeypatch):
 
 
 @pytest.mark.parametrize('overrides, message', [
-  ({'classifier': 'knn', 'epochs': '0'}, 'classifier=knn keeps the weights of init.*random'),
+  ({'classifier': 'knn', 'epochs': '0'}, 'knn does not train the backbone.*random weights'),
   ({'classifier': 'ridge', 'init': 'x'}, 'cannot be combined with epochs=1.0. Set epochs=0'),
   ({'classifier': 'ridge', 'epochs': '0', 'ema': '0.5'}, 'cannot be combined with ema=0.5'),
   ({'classifier': 'tree', 'epochs': '0'}, "unknown 'tree'.*Valid: '' .empty., knn, ridge"),

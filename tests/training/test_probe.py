@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import shutil
 import signal
@@ -11,6 +12,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from benchmarks import probe as benchmark
@@ -83,7 +85,7 @@ def test_a_head_on_a_random_backbone_is_reported(trained, caplog):
   for init, warns in (('', True), (str(trained[0]), False)):
     caplog.clear()
     opening.from_config(small_config(init=init, **FROZEN))
-    assert ('freeze=backbone keeps the weights of init, but init is empty' in caplog.text) == warns
+    assert ('does not train the backbone, but init is empty' in caplog.text) == warns
 
 
 def test_a_frozen_backbone_has_no_dropout():
@@ -234,6 +236,19 @@ def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
     out, new = cached()
     assert new == 1
     assert_equal(out, first)
+
+
+@pytest.mark.slow
+def test_a_file_name_that_is_not_utf8_has_cached_features(tmp_path):
+  for name in (b'cat/gr\xfcn.png', b'dog/1.png', b'dog/2.png'):
+    for split in (b'train', b'test'):
+      path = os.path.join(os.fsencode(tmp_path), b'photos', split, name)
+      os.makedirs(os.path.dirname(path), exist_ok=True)
+      with open(path, 'wb') as file:
+        Image.new('RGB', (8, 8)).save(file, 'PNG')
+  photos = {'data.source': f'folder:{tmp_path}/photos', 'data.cache': 'stream', 'batch_size': '2'}
+  trainer.train(small_config(**FROZEN, **photos), tmp_path / 'run')
+  assert list((tmp_path / 'run' / 'features').glob('*.npz'))
 
 
 @pytest.mark.slow

@@ -435,5 +435,9 @@ def test_an_export_does_not_replace_weights_that_it_did_not_write(weights, tmp_p
     with pytest.raises(ValueError, match='model.safetensors already exists and was not written by'):
       exporting.export(weights, format, weights)
   assert (weights / 'model.safetensors').read_bytes() == before
+  (tmp_path / 'site').mkdir()
+  (tmp_path / 'site' / 'config.json').write_text('{}')
+  with pytest.raises(ValueError, match='site/config.json already exists and was not written by'):
+    exporting.export(weights, 'hf', tmp_path / 'site')
   exporting.export(weights, 'hf', tmp_path / 'out')
   exporting.export(weights, 'hf', tmp_path / 'out')  # replaces an export

@@ -556,6 +556,13 @@ def test_older_timm_configs_without_nesting_are_read(tmp_path):
       vit_jax.load(tmp_path)
 
 
+def test_class_names_beside_the_nested_config_of_timm_are_read(tmp_path):
+  about = json.loads((DATA / 'timm_token' / 'config.json').read_text())['pretrained_cfg']
+  nested = {name: value for name, value in about.items() if name not in ('label_names', 'labels')}
+  fields = dict(pretrained_cfg=nested, label_names=['a', 'b', 'c', 4], model_args=ARGS)
+  assert vit_jax.load(timm_folder(tmp_path, fields)).class_names == ('a', 'b', 'c', '4')
+
+
 def test_missing_timm_preprocessing_takes_timm_defaults(tmp_path):
   folder = timm_folder(tmp_path, {'model_args': ARGS}, drop=('pretrained_cfg',))
   p = vit_jax.load(folder).preprocessing

@@ -65,8 +65,10 @@ def test_a_file_in_two_splits_is_not_a_copy_of_itself(tmp_path, monkeypatch):
   assert not [w for w in found(tmp_path, ('train', 'train[:50%]')) if 'fewer than 10' not in w]
 
 
-def test_a_link_is_a_copy_only_if_its_name_is_not_recognised(tmp_path):
+def test_a_copy_is_reported_only_if_its_name_is_not_recognised(tmp_path):
   make(tmp_path, {'train/cat': 12, 'train/dog': 12, 'test/cat': 3, 'test/dog': 3})
+  same = (tmp_path / 'train/cat/train_cat5.png').read_bytes()
+  (tmp_path / 'test/cat/train_cat5.png').write_bytes(same)  # its content is recognised, too
   for link in ('test/cat/train_cat3.png', 'test/dog/train_cat3.png'):  # evaluation leaves them out
     (tmp_path / link).symlink_to(tmp_path / 'train/cat/train_cat3.png')
   os.link(tmp_path / 'train/dog/train_dog1.png', tmp_path / 'test/dog/train_dog1.png')

@@ -158,6 +158,14 @@ def test_a_checkpoint_is_set_aside_if_any_item_is_damaged(trained, tmp_path, ite
   assert len(list((workdir / 'damaged').glob(f'32-*/{item}'))) == 1
 
 
+def test_a_checkpoint_that_the_user_renamed_does_not_count(trained, tmp_path):
+  workdir = copied(trained, tmp_path)
+  (workdir / 'checkpoints/32').rename(workdir / 'checkpoints/best_32')
+  stored.set_aside_damaged(workdir)
+  assert stored.saved_steps(workdir) == [16]
+  assert (workdir / 'checkpoints/best_32/params').is_dir()  # not changed
+
+
 @pytest.mark.slow
 def test_run_starts_again_only_after_all_checkpoints_were_reported_damaged(trained, tmp_path):
   workdir = copied(trained, tmp_path)

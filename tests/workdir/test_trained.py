@@ -230,7 +230,7 @@ def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
 def test_class_folders_named_like_splits_are_refused(tmp_path, names):
   for name in names:
     make_images(tmp_path / name, range(10))
-  with pytest.raises(ValueError, match='looks like a split of the data, .* Name the splits train/'):
+  with pytest.raises(ValueError, match='found names of splits: .* Name the training split train/'):
     sources.open_source(f'folder:{tmp_path}', '', (8, 8))
 
 

@@ -24,7 +24,7 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
   # One slash is enough: `pathlib.Path` turns `gs://` into `gs:/`.
   found = re.match(r'([A-Za-z][A-Za-z0-9+.-]+):/+', text)
   if not found:
-    return pathlib.Path(text).expanduser()
+    return expand(text)
   if found[1] != 'gs':
     raise ValueError(
       f'{text}: URLs of this kind are not supported. Give a path on this machine, or a bucket of '
@@ -40,6 +40,11 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
   return epath.Path(f'{SCHEME}{bucket}/{key}'.rstrip('/'))
 
 
+def expand(path: str | os.PathLike) -> pathlib.Path:
+  """Returns a local path with `~` expanded; unlike in `Path.expanduser`, `~x` can be a file."""
+  return pathlib.Path(os.path.expanduser(path))
+
+
 def is_remote(path: str | os.PathLike) -> bool:
   """Returns whether a path is in a bucket: its text starts with `gs://`."""
   return os.fspath(path).startswith(SCHEME)
@@ -52,7 +57,7 @@ def join_paths(base: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
   """Returns the absolute path, with symbolic links resolved. Paths in buckets stay unchanged."""
-  return path if is_remote(path) else pathlib.Path(path).expanduser().resolve()
+  return path if is_remote(path) else expand(path).resolve()
 
 
 def local_only(what: str, path: str | os.PathLike) -> pathlib.Path:
@@ -67,4 +72,4 @@ def local_only(what: str, path: str | os.PathLike) -> pathlib.Path:
   """
   if re.match(r'[A-Za-z][A-Za-z0-9+.-]+:/', os.fspath(path)):
     raise ValueError(f'{what}: {path} is a URL, but must be a path on this machine.')
-  return pathlib.Path(path).expanduser()
+  return expand(path)

@@ -122,6 +122,7 @@ def install_for(error: ModuleNotFoundError) -> str | None:
 
 def keep_compiled() -> None:
   """Enables JAX's persistent compilation cache. Must be called before JAX is imported."""
-  cache = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-  folder = pathlib.Path(cache).expanduser() / 'vit_jax' / 'compiled'
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))
+  cache = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  if not cache.startswith('~'):  # else this user has no home
+    folder = pathlib.Path(cache, 'vit_jax', 'compiled')
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

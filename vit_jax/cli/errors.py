@@ -57,4 +57,6 @@ def what_was_saved(workdir: pathlib.Path | None) -> str:
 
   for step in saved_steps(workdir):
     return f' The same command resumes from step {step}.'
+  if (workdir / 'sweep').exists():
+    return ' The same command continues to compare the learning rates.'
   return ' Nothing was saved yet: the same command starts from the beginning.'

@@ -1,7 +1,7 @@
 """Opens datasets, and reads their splits in batches."""
 
 from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
-from vit_jax.data.folder import Files, count_labels
+from vit_jax.data.folder import Files, count_labels, is_searched
 from vit_jax.data.image import (
   EXTENSIONS,
   INTERPOLATIONS,
@@ -42,6 +42,7 @@ __all__ = [
   'first_size',
   'fit_image',
   'has_image_name',
+  'is_searched',
   'look_up_source',
   'multi_hot',
   'num_examples',

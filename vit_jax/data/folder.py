@@ -12,11 +12,12 @@ Decisions:
 """
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 import dataclasses
 import hashlib
 import os
 import pathlib
+import unicodedata
 
 import numpy as np
 
@@ -110,7 +111,8 @@ def open_folder(root: pathlib.Path) -> Folder:
   split = (root / 'train').is_dir()
   held_out = [name for name in TEST_NAMES if split and (root / name).is_dir()]
   top = root / 'train' if split else root
-  class_names, passed_over = subfolders(top), collections.Counter()
+  class_names = tuple(sorted({unicodedata.normalize('NFC', name) for name in subfolders(top)}))
+  passed_over = collections.Counter()
   if len(class_names) < 2:
     if split:
       check_train_is_split(root, class_names)
@@ -122,8 +124,8 @@ def open_folder(root: pathlib.Path) -> Folder:
   split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
   if split_like and not split:
     raise ValueError(
-      f'{root}: {abridged(split_like)} looks like a split of the data, not like a class. Name the '
-      f'splits train/ and {"/ or ".join(TEST_NAMES)}/, each with one folder per class.'
+      f'{root}: expected classes, found names of splits: {abridged(split_like)}. Name the training '
+      f'split train/, and the test split {"/ or ".join(TEST_NAMES)}/, each with a folder per class.'
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
@@ -184,31 +186,33 @@ def warnings(
       f'{root}: no test images for class {abridged(absent)}, so the test covers only other classes.'
     )
   yield from not_used(root, passed_over)
-  yield from passed_folders(root, files['train'].top)
+  tops = [part.top for part in files.values()]
+  yield from unused(root, tops, unread=(root, *tops))
   held_out = {name: part.top.name for name, part in files.items() if name != 'train'}
   if len(held_out) > 1 and held_out['test'] != 'test':
     shown = (f'{folder}/ is the split {name!r}' for name, folder in held_out.items())
     yield f'{root}: {", ".join(shown)}.'
 
 
-def passed_folders(root: pathlib.Path, top: pathlib.Path) -> Iterator[str]:
-  """Yields warnings: unused folders in `root` and `top` (training set), unused images in `root`."""
-  for folder in dict.fromkeys((root, top)):
-    if skipped := sorted(p.name for p in folder.iterdir() if p.is_dir() and useless(p)):
+def unused(
+  root: pathlib.Path, tops: Collection[pathlib.Path], unread: Collection[pathlib.Path]
+) -> Iterator[str]:
+  """Yields warnings: unused folders in `root` and in `tops` (one per split), images in `unread`."""
+  for folder in dict.fromkeys((root, *tops)):
+    inside = sorted(folder.iterdir())
+    if skipped := [p.name for p in inside if p.is_dir() and useless(p)]:
       yield (
         f'{folder}: folders not used: {abridged(skipped)}. Each of them is a link to a folder that '
         'contains the link, or was added by macOS.'
       )
-  if top == root:
-    return
-  others = set(subfolders(root)) - {'train', *TEST_NAMES}
-  loose = [p.name for p in root.iterdir() if image_lib.has_image_name(p.name) and p.is_file()]
-  for what, names in (('folders', others), ('images', loose)):
-    if names:
-      yield (
-        f'{root}: {what} not used: {abridged(sorted(names))}. Test images are read from the '
-        f'folders {", ".join(TEST_NAMES)}, and training images from the folder train.'
-      )
+    loose = [p.name for p in inside if image_lib.has_image_name(p.name) and p.is_file()]
+    if loose and folder in unread:
+      yield f'{folder}: images not used: {abridged(loose)}. Move them into another folder.'
+  if root not in tops and (others := set(subfolders(root)) - {'train', *TEST_NAMES}):
+    yield (
+      f'{root}: folders not used: {abridged(sorted(others))}. Test images are read from the '
+      f'folders {", ".join(TEST_NAMES)}, and training images from the folder train.'
+    )
 
 
 def not_used(root: pathlib.Path, passed_over: collections.Counter) -> Iterator[str]:
@@ -240,8 +244,7 @@ def is_searched(folder: pathlib.Path) -> bool:
 
 def useless(folder: pathlib.Path) -> bool:
   """Returns whether a folder is named `__MACOSX`, or is a link to a folder above the link."""
-  # Such a link would make the search endless. All parents are checked, because the path itself can
-  # contain other links.
+  # Such a link would make the search endless. The path itself can contain other links.
   loops = folder.is_symlink() and any(
     above.resolve().is_relative_to(folder.resolve()) for above in folder.parents
   )
@@ -258,17 +261,14 @@ def list_files(
   Raises:
     ValueError: `top` has a class folder that is not in `class_names`, or a folder is unreadable.
   """
-  there = subfolders(top)
-  for name in there:
-    choose(f'{top}: class folder', name, class_names)
-  found = []
+  label_of, found = {}, []
+  for name in subfolders(top):
+    class_name = choose(f'{top}: class folder', unicodedata.normalize('NFC', name), class_names)
+    label_of[name] = class_names.index(class_name)
   with progress.announced(f'Listing the images in {top} ...'):
-    for label, name in enumerate(class_names):
-      if name in there:
-        found += [
-          (hash_name(below), os.fsencode(f'{name}/{below}'), label)
-          for below in walk_images(top / name, passed_over)
-        ]
+    for name, label in label_of.items():
+      for below in walk_images(top / name, passed_over):
+        found.append((hash_name(below), os.fsencode(f'{name}/{below}'), label))
   return as_files(top, found)
 
 

@@ -40,8 +40,8 @@ class Source:
     channels: number of channels of the images, 1 (grey) or 3 (RGB).
     read: `(split, indices) -> iterator of (name, image, label)`, as described at `Example`. An
       image can be an encoded file, which the function `pixels` decodes.
-    fingerprint: hash of the file names and labels in the training split; empty for datasets that
-      are not listed files.
+    fingerprint: hash of the file names and labels in the training split; empty for datasets
+      without a list of files.
     files: {split: listed files} for the kinds `folder`, `images` and `labels` of `data.source`;
       empty for other kinds.
     left_out: {split: bool `[N]`}, True for each file of the split that must not be read.

@@ -134,8 +134,9 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
         'images for testing, so a split of few images can be empty. Add images.'
       )
-  used = top if top.is_dir() else root
-  warnings = *folder_lib.not_used(root, passed_over), *folder_lib.passed_folders(root, used)
+  tops = {part.top for part in files.values()}
+  unused = folder_lib.unused(root, tops, unread={root} - tops)
+  warnings = *folder_lib.not_used(root, passed_over), *unused
   return source_of(folder_lib.Folder((), files, warnings))
 
 
@@ -157,18 +158,20 @@ def list_tree(top: pathlib.Path, passed_over: collections.Counter) -> folder_lib
 def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   """Raises ValueError if pictures in the workdir would be read as images of the dataset.
 
-  This happens if the workdir is in the image folder of a source `folder:` or `images:`, and the
-  image folder has no subfolder `train/`. Paths in buckets are not checked.
+  This happens if the workdir is in the image folder of a source `folder:` or `images:`. If the
+  image folder has a subfolder `train/`, only `train/` and the test folders matter. Paths in buckets
+  are not checked.
   """
   kind, _, path = source.partition(':')
   root = from_base(path, data_dir)
   if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
     return
   split = (root / 'train').is_dir()
-  inside = workdir.resolve().is_relative_to(root.resolve())
-  if path and inside and not split:
+  tops = [root / name for name in ('train', *folder_lib.TEST_NAMES)] if split else [root]
+  inside = [top for top in tops if workdir.resolve().is_relative_to(top.resolve())]
+  if path and inside:
     raise ValueError(
-      f'{workdir}: the workdir must not be in the image folder {root}, because the pictures '
+      f'{workdir}: the workdir must not be in the image folder {inside[0]}, because the pictures '
       'in the workdir would become training data. Choose a --workdir outside of this folder.'
     )
 

@@ -8,7 +8,7 @@ import pathlib
 
 from vit_jax import progress
 from vit_jax.bucket import local_only
-from vit_jax.data import EXTENSIONS, has_image_name
+from vit_jax.data import EXTENSIONS, has_image_name, is_searched
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,14 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns a sorted list of all image files in a folder and its subfolders.
 
-  Hidden folders are skipped. If folders cannot be read, they are skipped and a warning is logged.
+  Links to folders are followed, as in training. Folders for which `is_searched` is False are
+  skipped. If folders cannot be read, they are skipped and a warning is logged.
   """
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):
-    for top, folders, names in os.walk(folder, onerror=errors.append):
-      folders[:] = [name for name in folders if not name.startswith('.')]  # others are not entered
+    for top, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+      # `os.walk` enters only the folders that stay in this list.
+      folders[:] = [name for name in folders if is_searched(pathlib.Path(top, name))]
       found += filter(is_image, (os.path.join(top, name) for name in names))
   found = sorted(map(pathlib.Path, found))
   if errors:

@@ -93,7 +93,8 @@ def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
 def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
   """Opens the test split, without the files that the weights were trained on.
 
-  If the split cannot be read, the result is a `Missing` with the reason.
+  If the split cannot be read, and the user has not overridden a `data.*` key, the result is a
+  `Missing` with the reason.
 
   Args:
     exp: the experiment of the weights.

@@ -167,8 +167,8 @@ def check_patches(model: ViT) -> None:
   """Raises ValueError if the patch size, a grid of patches or the stem is invalid."""
   for name in ('patch_size', 'position_grid', 'rope_grid'):
     value = getattr(model, name)
-    if value is not None and (len(value) != 2 or min(value) < 1):
-      raise ValueError(f'model.{name} must be two positive numbers, got {value}.')
+    if value is not None and (len(value) != 2 or not all(type(n) is int and n > 0 for n in value)):
+      raise ValueError(f'model.{name} must be two positive integers, got {value}.')
   if model.resnet is None:
     return
   if model.embedding_size not in (None, model.patch_size):
@@ -177,7 +177,7 @@ def check_patches(model: ViT) -> None:
       f'{as_size(model.embedding_size)} pixels. The patches of a hybrid (model.resnet) cannot be '
       'resized. Use the patch size of the weights.'
     )
-  if any(n < 1 for n in model.resnet) or model.resnet_width % 32:
+  if any(type(n) is not int or n < 1 for n in model.resnet) or model.resnet_width % 32:
     raise ValueError(
       f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected a positive '
       'number of units for each stage, and a width that is a multiple of 32.'

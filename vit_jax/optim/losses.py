@@ -49,8 +49,8 @@ def sigmoid(
     logits_BL: logits.
     label_B: integer labels `[B]`, or multi-hot labels `[B, L]`.
     label_smoothing: s.
-    positive_L: for each class, a factor of its loss that applies only to images that have the
-      class; None: all factors are 1.
+    positive_L: for each class, a factor of the positive part of its loss, `target * log sigmoid`.
+      Without label smoothing, it affects only images that have the class. None: all factors are 1.
   """
   logits_BL = logits_BL.astype(jnp.float32)
   if label_B.ndim == 1:

@@ -2,8 +2,8 @@
 
 Decisions:
   * optax keeps the momentum and updates all other parameters. optax could also orthogonalize, but
-    would do so on every device, and in float32. results/notes.md has the time that this takes
-    for `small` on two CPU cores.
+    would do so on every device, and in float32. results/notes.md has the times of both ways for
+    `small` on two CPU cores.
   * Each device orthogonalizes its share of the kernels, and sends the result to the others.
   * The matrix products use the compute type of the model. Jordan et al. use bfloat16 even for
     models in float32, because errors in the singular values of an update hardly matter.

@@ -150,8 +150,9 @@ class TextClasses:
     if found != width:
       raise ValueError(
         f'{self.origin}: the embeddings have width {width}, but the features of the images have '
-        f'width {found}. Use the text tower and the image tower of the same checkpoint, including '
-        "CLIP's two projections (CLIPModel, or CLIPVisionModelWithProjection)."
+        f'width {found}. Use the text tower and the image tower of the same checkpoint. For CLIP, '
+        'use text embeddings after the text projection, and image weights that include the image '
+        'projection (CLIPModel or CLIPVisionModelWithProjection).'
       )
     head = {
       'kernel': (self.scale * self.embedding_LD.T).astype(np.float32),

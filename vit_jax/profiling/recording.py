@@ -43,8 +43,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   check_in_all_processes(config, workdir)
   if config.freeze:
     raise ValueError(
-      '--mode=profile: with freeze=backbone, the training steps read stored features and are very '
-      'short. Add --config.freeze= to profile the whole model.'
+      '--mode=profile does not support freeze=backbone, because without augmentation such training '
+      'steps only read stored features. Add --config.freeze= to profile the whole model.'
     )
   if config.classifier:
     raise ValueError(

@@ -72,8 +72,8 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   """Repeats the steps between a run's two newest checkpoints, and compares the train states.
 
   Args:
-    workdir: folder of the run. Nothing is written to it, except a teacher's features if it does not
-      contain them.
+    workdir: folder of the run. The only files that are written are a teacher's features, if the
+      workdir does not contain them yet.
     overrides: config keys to change, e.g. `data.dir`, and their values as text.
 
   Raises:

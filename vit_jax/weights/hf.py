@@ -201,7 +201,9 @@ def run_hf(loaded: Pretrained) -> str:
   """Returns Python code that loads the files with transformers and applies the model."""
   headed = loaded.model.num_classes is not None
   kind = 'AutoModelForImageClassification' if headed else 'AutoModel'
-  features = 'pooler_output' if loaded.model.pool == 'map' else 'last_hidden_state'
+  # In CLIP, the last LayerNorm is applied only to the pooled token.
+  pooled = loaded.model.pool == 'map' or (loaded.model.pre_norm and loaded.model.pool == 'cls')
+  features = 'pooler_output' if pooled else 'last_hidden_state'
   if loaded.model.projection is not None:
     kind, features = 'CLIPVisionModelWithProjection', 'image_embeds'
   show = f'print(model(**inputs).{features})'

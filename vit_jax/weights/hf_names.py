@@ -204,10 +204,8 @@ def dinov3_fields(c: dict, origin: str) -> dict:
   """
   for name, only in (('proj_bias', True), ('mlp_bias', True), ('value_bias', c['query_bias'])):
     if c[name] != only:
-      raise ValueError(
-        f'{origin}: {name}={c[name]} with query_bias={c["query_bias"]} is not supported, only '
-        f'{name}={only}.'
-      )
+      given = f' with query_bias={only}' if name == 'value_bias' else ''
+      raise ValueError(f'{origin}: {name}={c[name]}{given} is not supported, only {name}={only}.')
   return dict(
     mlp='gated' if c['use_gated_mlp'] else 'plain',
     mlp_dim=c['intermediate_size'],

@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the rows (as in `norm`) of a file; `scanned`: an array stacks all blocks' weights."""
+  """Returns the rows (as in `norm`); `scanned`: whether each array stacks all blocks' weights."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),

@@ -141,10 +141,10 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   after_pool = pool == 'gap' if after_pool is None else bool(after_pool)
   read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vision_fields
   own = read_fields(a, origin)
-  labels = next((about[k] for k in ('label_names', 'labels') if about.get(k)), None)
+  labels = about.get('label_names') or config.get('label_names') or about.get('labels') or None
   if not isinstance(labels, (list, type(None))):
     raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
-  names = tuple(labels) if labels else None
+  names = tuple(map(str, labels)) if labels else None
   own |= timm_clip.head_fields(a['num_classes'] or None, arrays, own['pre_norm'], names)
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
   fields = own | dict(

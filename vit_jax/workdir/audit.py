@@ -1,17 +1,16 @@
 """Finds mistakes in data: few images, copies, unreadable files, examples that were trained on.
 
 Decisions:
-  * Examples that were trained on are searched in data sets without files only (digits, TFDS).
-    In other data sets, `trained.leave_out_trained` removes them. All other checks are for data sets
-    of files, and are done before training.
+  * Only in data sets without files (digits, TFDS), this module looks for examples that were trained
+    on. In other data sets, `trained.leave_out_trained` removes them. All other checks are for data
+    sets of files, and are done before training.
   * The other mistakes are warnings. Nothing is changed, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
     the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
     `MOST_BYTES` would be read, copies are not searched for. In both cases, the log reports this.
     Files in a bucket are not read.
-  * Two splits can share a file, because evaluation leaves out the training files. So a file is not
-    a copy of itself. Evaluation recognises a file by the hash of its name. So a link to a training
-    file is reported only if the hash of its name differs.
+  * A copy with the same name hash is not reported, because evaluation recognises it as a training
+    file, and leaves it out.
   * To find unreadable images, only the header of each file is read, and only if images are
     streamed. Images that are kept in memory need no check, because they are all decoded before
     training.
@@ -44,7 +43,7 @@ MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """What tells files apart; files that evaluation recognises as the same file are equal.
+  """Properties that tell files apart: a file and a link with the same name hash are equal.
 
   Attributes:
     hash: hash of the name, as in `folder.Files`.
@@ -152,7 +151,9 @@ def copies(
   paths: Mapping[str, Collection[pathlib.Path]],
   files: Mapping[pathlib.Path, File],
 ) -> Iterator[str]:
-  """Yields a warning for each pair of splits that contain different files with the same bytes.
+  """Yields a warning for each pair of splits that contain files with the same bytes.
+
+  A file whose copy has the same name hash is not reported, as explained at the top.
 
   Args:
     pool: threads that read the files.
@@ -178,7 +179,12 @@ def copies(
   digests = dict(zip(doubtful, pool.map(digest_of, doubtful)))
   for (one, other), candidates in others.items():
     first = {digests[path]: path for path in reversed(paths[one]) if digests.get(path)}
-    found = [(path, first[d]) for path in candidates if (d := digests[path]) in first]
+    recognised = {(files[path].hash, digests.get(path)) for path in paths[one]}
+    found = [
+      (path, first[d])
+      for path in candidates
+      if (d := digests[path]) in first and (files[path].hash, d) not in recognised
+    ]
     if found:
       yield (
         f'{len(found):,} images of {other} are exact copies of images of {one}: '

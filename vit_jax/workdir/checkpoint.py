@@ -18,8 +18,8 @@ Decisions:
     step can overwrite the state while orbax writes.
   * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
     is made.
-  * Checkpoints do not record the devices that held an array. With this record, orbax could restore
-    the array on other devices only if it got a description of the new layout.
+  * Checkpoints do not record the devices that held an array. If they did, orbax could restore the
+    array on other devices only if it got a description of the new layout.
   * The checksums are written before orbax gives a checkpoint its final name. (In a bucket, orbax
     writes `commit_success.txt` instead.) So a checkpoint with a final name is complete. Orbax
     deletes an older checkpoint only afterwards, so a run never loses its last complete checkpoint.

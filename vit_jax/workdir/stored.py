@@ -42,9 +42,11 @@ def all_steps(workdir: pathlib.Path) -> list[int]:
 
   Unlike `saved_steps`, the list includes checkpoints without `digests.json`.
   """
-  if not directory(workdir).exists():
+  folder = directory(workdir)
+  if not folder.exists():
     return []
-  return sorted(ocp.utils.checkpoint_steps(directory(workdir)), reverse=True)
+  names = {path.name for path in folder.iterdir()}  # orbax also counts folders such as `best_100`
+  return sorted((s for s in ocp.utils.checkpoint_steps(folder) if str(s) in names), reverse=True)
 
 
 def latest_step(workdir: pathlib.Path) -> int | None:

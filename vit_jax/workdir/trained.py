@@ -251,7 +251,9 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise ValueError(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder for the test.'
+      'or the content of the files. Choose a different split or folder for the test. If these are '
+      'other images with the same file names, move the images of each class into a new subfolder, '
+      'such as <class>/new/, because a name includes the folders below the class.'
     )
   if number:
     log.warning(
