@@ -199,7 +199,7 @@ def unused(
 ) -> Iterator[str]:
   """Yields warnings: unused folders in `root` and in `tops` (one per split), images in `unread`."""
   for folder in dict.fromkeys((root, *tops)):
-    inside = sorted(folder.iterdir())
+    inside = sorted(folder.iterdir(), key=lambda path: path.name)
     if skipped := [p.name for p in inside if p.is_dir() and useless(p)]:
       yield (
         f'{folder}: folders not used: {abridged(skipped)}. Each of them is a link to a folder that '

@@ -13,7 +13,7 @@ from vit_jax.figures import facts
 from vit_jax.figures.canvas import save_figure
 from vit_jax.figures.maps import Missing
 from vit_jax.figures.pictures import PICTURES
-from vit_jax.figures.report import Picture, Report, write_report
+from vit_jax.figures.report import SIGNATURE, Picture, Report, write_report
 from vit_jax.figures.subject import collect
 from vit_jax.opening import Request
 
@@ -37,10 +37,12 @@ def visualize(
     The paths of the written files. The report is the last one.
 
   Raises:
-    ValueError: there is nothing to draw, the output folder cannot be used, no image can be read,
-      or the config contradicts the weights.
+    ValueError: there is nothing to draw, the output folder cannot be used or contains figures of
+      others, no image can be read, or the config contradicts the weights.
   """
   workdir = request.workdir
+  if out:
+    check_own(out)
   out = out or workdir
   folder = out / 'figures'
   storage.check_folder(folder)
@@ -70,3 +72,15 @@ def visualize(
   )
   write_report(page, report)
   return [picture.path for picture in drawn] + [page]
+
+
+def check_own(out: pathlib.Path) -> None:
+  """Raises ValueError if a folder contains a report or figures that `visualize` has not written."""
+  page = out / 'report.html'
+  if page.is_file() and SIGNATURE in page.read_text(encoding='utf-8', errors='replace'):
+    return
+  for path in (page, *(out / 'figures' / f'{name}.png' for name in PICTURES)):
+    if path.exists():
+      raise ValueError(
+        f'{path} already exists and was not written by --mode=visualize. Choose a different folder.'
+      )

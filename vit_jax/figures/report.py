@@ -17,6 +17,9 @@ from vit_jax import storage
 
 SHOWN = 20  # number of classes in the visible table; the other classes are in a folded table
 
+# Tells a report apart from other files with the name `report.html`.
+SIGNATURE = '<meta name="generator" content="vit_jax">'
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5a5a5a; --ground: #fff; --line: #ddd; }
 @media (prefers-color-scheme: dark) {
@@ -88,7 +91,7 @@ def write_report(path: pathlib.Path, report: Report) -> None:
   storage.replace(
     path,
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+    f'{SIGNATURE}\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f'<title>{escape(report.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n'
     + '\n'.join(filter(None, parts))
     + '\n</body>\n</html>\n',
