@@ -34,7 +34,7 @@ test-all: test test-slow test-long test-demo
 peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-peers.txt
 
-# The page of --mode=serve, in the system's Chromium, and the notebook.
+# The page of --mode=serve, in the system's Chromium, and the notebook (all tests, also long ones).
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
 	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py

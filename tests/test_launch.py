@@ -223,7 +223,7 @@ def test_the_scripts_pass_shellcheck():
   assert not found.returncode, found.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_supervised_processes_finish_although_one_is_preempted(tmp_path):
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))

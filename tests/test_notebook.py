@@ -16,7 +16,7 @@ def notebook():
   return nbformat.read(ROOT / 'notebooks' / 'walkthrough.ipynb', as_version=4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_runs_and_removes_its_files(notebook, monkeypatch, tmp_path):
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('TMPDIR', str(tmp_path))

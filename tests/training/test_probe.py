@@ -240,12 +240,12 @@ def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
 
 @pytest.mark.slow
 def test_a_file_name_that_is_not_utf8_has_cached_features(tmp_path):
-  for name in (b'cat/gr\xfcn.png', b'dog/1.png', b'dog/2.png'):
-    for split in (b'train', b'test'):
+  for i, name in enumerate((b'cat/gr\xfcn.png', b'dog/1.png', b'dog/2.png')):
+    for k, split in enumerate((b'train', b'test')):
       path = os.path.join(os.fsencode(tmp_path), b'photos', split, name)
       os.makedirs(os.path.dirname(path), exist_ok=True)
       with open(path, 'wb') as file:
-        Image.new('RGB', (8, 8)).save(file, 'PNG')
+        Image.new('RGB', (8, 8), (i, k, 0)).save(file, 'PNG')
   photos = {'data.source': f'folder:{tmp_path}/photos', 'data.cache': 'stream', 'batch_size': '2'}
   trainer.train(small_config(**FROZEN, **photos), tmp_path / 'run')
   assert list((tmp_path / 'run' / 'features').glob('*.npz'))
