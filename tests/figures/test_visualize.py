@@ -155,10 +155,9 @@ def test_visualize_draws_given_images_and_skips_broken_ones(capsys, workdir, pho
 def test_files_of_others_are_not_replaced(capsys, photos, tmp_path, name):
   (tmp_path / 'paper' / 'figures').mkdir(parents=True)
   (tmp_path / 'paper' / name).write_text('mine')
-  flags = f'--init={DATA}/paper_token/weights.npz', f'--images={photos}', f'--out={tmp_path}/paper'
-  assert f'{name} already exists and was not written by' in error(
-    capsys, '--mode=visualize', *flags
-  )
+  weights, out = f'--init={DATA}/paper_token/weights.npz', f'--out={tmp_path}/paper'
+  text = error(capsys, '--mode=visualize', weights, f'--images={photos}', out)
+  assert f'{name} already exists and was not written by' in text
   assert (tmp_path / 'paper' / name).read_text() == 'mine'
 
 
@@ -173,9 +172,8 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   assert not code
   assert names(out) == PICTURES - {'curves', *OF_TEST} - left_out
   page = Page(out / 'report.html')
-  assert not call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')[
-    0
-  ]  # again
+  code, _, _ = call(capsys, '--mode=visualize', init, f'--images={photos}', f'--out={out}')
+  assert not code  # the second call replaces the figures of the first
   assert 'weights of --init come without metrics' in page.text
   assert ('feature map' in page.text) == bool(left_out)
   assert ('probe attends to' in page.text) == (name == 'timm_map')

@@ -244,7 +244,7 @@ def is_searched(folder: pathlib.Path) -> bool:
 
 def useless(folder: pathlib.Path) -> bool:
   """Returns whether a folder is named `__MACOSX`, or is a link to a folder above the link."""
-  # Such a link would make the search endless. The path itself can contain other links.
+  # Such a link makes the search endless. All parents count: the path can contain other links.
   loops = folder.is_symlink() and any(
     above.resolve().is_relative_to(folder.resolve()) for above in folder.parents
   )

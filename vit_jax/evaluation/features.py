@@ -170,7 +170,7 @@ def key(exp: Experiment, params: dict, examples: Split) -> str:
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))
   for path, array in itertools.chain(leaves, examples.content()):
-    about = f'{path} {array.shape} {array.dtype}'  # the path of a file may not be valid UTF-8
-    digest.update(about.encode(errors='surrogateescape'))
+    text = f'{path} {array.shape} {array.dtype}'  # the path of a file may not be valid UTF-8
+    digest.update(text.encode(errors='surrogateescape'))
     digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()[:32]
