@@ -194,6 +194,10 @@ def check_objective(config: ConfigDict) -> None:
   if not objective_of(config).labels:
     keys = [key for key in ('freeze', 'adapt', 'classifier', 'sweep') if config[key]]
     wrong = [f'{key}={config[key]}' for key in keys]
+    if config.loss.class_weights != 'none':
+      wrong.append(f'loss.class_weights={config.loss.class_weights}')
+    if config.loss.label_smoothing:
+      wrong.append(f'loss.label_smoothing={config.loss.label_smoothing}')
     if config.optimizer.layer_decay != 1:
       wrong.append(f'optimizer.layer_decay={config.optimizer.layer_decay}')
     if wrong:

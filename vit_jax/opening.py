@@ -49,8 +49,9 @@ log = logging.getLogger(__name__)
 # Config keys that only training reads, or prefixes of these keys.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
-  'keep_checkpoints', 'freeze', 'adapt', 'lora.', 'classifier', 'sweep', 'ema', 'progressive.',
-  'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.', 'recipe.', 'distill.',
+  'keep_checkpoints', 'init_resize', 'deterministic', 'freeze', 'adapt', 'lora.', 'classifier',
+  'sweep', 'ema', 'progressive.', 'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.',
+  'recipe.', 'distill.',
 )  # fmt: skip
 
 # Splits for published weights. (A new run instead chooses its splits from its data.)
@@ -282,11 +283,14 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
     step = None
   elif request.zero_shot:
     raise ValueError(
-      f'--classes={request.zero_shot}: the model of a workdir already has a head for its classes. '
-      'Use --init with weights of CLIP or SigLIP instead of --workdir.'
+      f'--classes={request.zero_shot} needs weights of CLIP or SigLIP in --init. The model of a '
+      'workdir has no text encoder.'
     )
   else:
     workdir = request.workdir
+    if init := request.overrides.get('init'):
+      why = f'has no effect on the run in --workdir={workdir}: use --init to open other weights.'
+      raise ValueError(f'--config.init={init} {why}')
     exp, params, step = from_workdir(workdir, request.overrides, request.config, request.step)
     if not exp.task.class_names and classes != 'any':
       exp = with_data_classes(exp, workdir, classes)

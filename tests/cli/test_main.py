@@ -91,6 +91,11 @@ def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
   assert f'{", ".join(keys)}: no effect here, because only training reads' in err
 
 
+def test_other_initial_weights_for_a_finished_run_are_refused(capsys, trained):
+  message = error(capsys, '--mode=eval', f'--workdir={trained[0]}', '--config.init=other')
+  assert '--config.init=other has no effect on the run' in message and 'use --init' in message
+
+
 @pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
 def test_each_mode_uses_the_requested_checkpoint(capsys, trained, tmp_path, monkeypatch, mode):
   if mode == 'serve':

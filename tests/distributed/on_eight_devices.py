@@ -69,14 +69,13 @@ def run(mesh: dict[str, int], **overrides: str) -> dict:
 def restore_everywhere(folder: pathlib.Path) -> list[str]:
   """Returns the layouts that did not restore the checkpoints of others."""
   layouts = [{'data': n} for n in COUNTS] + [{'data': 1, 'fsdp': n} for n in COUNTS[1:]]
-  built, wrong = [build(layout) for layout in layouts], []
-  for i, (exp, training, mesh) in enumerate(built):
-    wrote = begin(exp, training, mesh)
+  built = [build(layout, seed=str(i)) for i, layout in enumerate(layouts)]  # other weights in each
+  states, wrong = [begin(*parts) for parts in built], []
+  for i, ((exp, _, _), wrote) in enumerate(zip(built, states)):
     with checkpoint.Checkpoints(folder / str(i)) as checkpoints:
       checkpoints.save(wrote, exp.saved() | {'seconds': 0.0})
     host = jax.device_get(wrote)
-    for j, (exp, training, mesh) in enumerate(built):
-      like = begin(exp, training, mesh)
+    for j, like in enumerate(states):
       with checkpoint.Checkpoints(folder / str(i)) as checkpoints:
         now, _ = checkpoints.restore(like)
       same = jax.tree.map(np.array_equal, jax.device_get(now), host)

@@ -180,7 +180,7 @@ def test_visualize_draws_published_weights_without_a_run(capsys, photos, tmp_pat
   assert ('has no head' in page.text) == (name == 'hf_backbone')
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_figures_of_moved_data_are_skipped_until_its_source_is_overridden(capsys, tmp_path):
   random = np.random.RandomState(0)
   for label in 'ab':

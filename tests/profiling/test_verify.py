@@ -46,6 +46,11 @@ def test_repeated_steps_give_the_same_bits_and_nothing_is_written(trained, capsy
   assert files(workdir) == before
 
 
+def test_other_settings_are_refused_before_a_device_is_blamed(trained, capsys):
+  lr = '--config.optimizer.lr=1'
+  assert 'optimizer.lr' in error(capsys, '--mode=verify', f'--workdir={trained[0]}', lr)
+
+
 @pytest.mark.slow
 def test_other_numbers_are_named_and_give_exit_code_1(trained, capsys, monkeypatch):
   changed(monkeypatch, 32, 1.5)

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from tests.conftest import call, check_resumes_exactly, run_model, small_config
+from tests.conftest import call, check_resumes_exactly, error, run_model, small_config
 import vit_jax
 from vit_jax import opening
 from vit_jax.distributed import sharding
@@ -46,6 +46,13 @@ def test_a_run_without_labels_reports_the_error_of_hidden_patches(pretrained, ca
   assert found['loss'] == pytest.approx(result['test_loss'], rel=1e-5)
   assert f'{found["loss"]:.4f}' in out and 'accuracy' not in out
   assert sorted(path.name for path in (workdir / 'examples').iterdir())[0] == '0_no-label.png'
+
+
+@pytest.mark.parametrize('setting', ['class_weights=balanced', 'label_smoothing=0.1'])
+def test_settings_of_a_classifier_loss_are_refused(tmp_path, capsys, setting):
+  flags = ['--config=configs/mae.py:tiny,cifar10', f'--workdir={tmp_path}/run']
+  message = error(capsys, *flags, f'--config.loss.{setting}')
+  assert 'trains no classification head' in message and f'loss.{setting}' in message
 
 
 @pytest.mark.parametrize('flag, message', [

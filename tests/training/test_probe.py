@@ -410,7 +410,10 @@ def test_a_sweep_continues_after_a_rate_that_diverges(monkeypatch, tmp_path, cap
   monkeypatch.setattr(probe, 'measured_on', lambda *_: {})
   task = types.SimpleNamespace(multi_label=False)
   exp = types.SimpleNamespace(config=small_config(**SWEPT), task=task)
+  kept = tmp_path / 'sweep/0.001/checkpoints/8'
+  kept.mkdir(parents=True)
   points = probe.sweep(exp, types.SimpleNamespace(val=range(images)), None, tmp_path)
+  assert not kept.parent.exists()
   assert points == [{'lr': 0.001, 'val_accuracy': None}, {'lr': 0.1, 'val_accuracy': 0.5}]
   assert 'Learning rate 0.001: The loss of step 9 is nan' in caplog.text
   assert (f'compared on only {images} validation images' in caplog.text) == warns

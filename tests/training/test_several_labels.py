@@ -237,6 +237,7 @@ def test_an_exported_program_agrees_with_eval_and_predict(run, pairs, format, tm
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('format', ['npz', 'hf'])
 def test_the_code_of_a_card_prints_the_labels_of_predict(run, pairs, format, tmp_path, capsys):
   if format == 'hf':

@@ -582,8 +582,9 @@ VALIDATED = {
 
 @pytest.fixture
 def scored(monkeypatch):
-  """Makes evaluations return given accuracies, with the best ones in the middle of the run."""
-  scores = {'val': iter([0.2, 0.9, 0.4, 0.5]), 'test': iter([0.3, 0.4, 0.8, 0.6])}
+  """Makes evaluations return given accuracies, the best ones in the middle, the last one twice."""
+  scores = {'val': [0.2, 0.9, 0.4, 0.5], 'test': [0.3, 0.4, 0.8, 0.6]}
+  scores = {name: iter([*values, values[-1]]) for name, values in scores.items()}
 
   def score(self, params, examples):
     split = 'val' if examples is self.training.val else 'test'
@@ -622,6 +623,34 @@ def test_resume_evaluates_the_checkpoint_saved_by_a_stop(tmp_path, scored, monke
       trainer.train(small_config(**VALIDATED), tmp_path)
   assert stored.accuracies(tmp_path) == {8: 0.2}
   assert_best_is_used(tmp_path, trainer.train(small_config(**VALIDATED), tmp_path))
+
+
+@pytest.mark.slow
+def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_finishing(tmp_path, scored, caplog):
+  result = trainer.train(small_config(**VALIDATED), tmp_path)
+  (tmp_path / 'result.json').unlink()
+  for path in (tmp_path / 'checkpoints/16/params').rglob('d/*'):
+    path.write_bytes(b'')
+  again = trainer.train(small_config(**VALIDATED), tmp_path)
+  assert again['last'] == result['last'] and (tmp_path / 'result.json').exists()
+  assert 'checkpoints/16 is damaged' in caplog.text and 'not calibrated' in caplog.text
+
+
+@pytest.mark.parametrize('name, content, message', [
+  ('config.json', '{"model_type": "vit"}', 'config.json is not the config of a run'),
+  ('checkpoints', None, 'checkpoints is a link to .*nowhere, which does not exist'),
+  ('result.json', '{"steps": 32}', 'the result of a finished run, but .* has no checkpoint'),
+])  # fmt: skip
+def test_a_new_run_replaces_nothing_that_a_folder_holds(tmp_path, name, content, message):
+  if content is None:
+    (tmp_path / name).symlink_to(tmp_path / 'nowhere')
+  else:
+    (tmp_path / name).write_text(content)
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 9, "split": "train"}\n')
+  with pytest.raises(ValueError, match=message):
+    trainer.train(small_config(), tmp_path)
+  assert {path.name for path in tmp_path.iterdir()} == {'metrics.jsonl', name}
+  assert writer.read_metrics(tmp_path)[0]['step'] == 9
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ def dinov3(**fields):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', DINOV3)
 def test_dinov3(name, tmp_path):
   theirs = dinov3(**DINOV3[name])

@@ -199,13 +199,13 @@ def fixed(number: jax.Array) -> jax.Array:
   return jnp.round(number * ONE).astype(jnp.int32)
 
 
-def between(zero: jax.Array, one: jax.Array, factor: jax.Array) -> jax.Array:
-  """Interpolates or extrapolates linearly between the integers `zero` and `one`, rounding down.
+def between(start: jax.Array, end: jax.Array, factor: jax.Array) -> jax.Array:
+  """Interpolates or extrapolates linearly between two integer arrays, rounding down.
 
-  `factor` is a fixed-point number from `fixed`. The factor 0 gives `zero`. The factor `ONE`, which
-  stands for 1, gives `one`.
+  `factor` is a fixed-point number from `fixed`. A factor that stands for 0 gives `start`, and a
+  factor that stands for 1 gives `end`.
   """
-  return zero + (factor * (one - zero) >> BITS)
+  return start + (factor * (end - start) >> BITS)
 
 
 def make_matrix(chosen: dict, argument_B: jax.Array, shape: tuple) -> jax.Array:

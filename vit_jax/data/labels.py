@@ -97,7 +97,8 @@ def as_array(file: pathlib.Path, rows: Sequence[Row], class_names: tuple[str, ..
       refuse(
         file,
         row.line,
-        f"column 'label' of {row.path!r} is empty. Write the class, or a name such as 'none'. "
+        f"column 'label' of {row.path!r} is empty. Write the class. For images of no class, write "
+        "an additional class such as 'none'. "
         'Images without a label are allowed only if some image in the file has several labels.',
       )
   return np.array([number[row.labels[0]] for row in rows], np.int32)

@@ -24,7 +24,7 @@ def check_can_start() -> None:
 
 @contextlib.contextmanager
 def unsignalled() -> Iterator[None]:
-  """Context manager that blocks SIGINT and SIGTERM in threads and workers that its block starts.
+  """Blocks SIGINT and SIGTERM in the threads and workers that start inside the `with` statement.
 
   All processes of a job get these signals at the same time. Workers must keep running until
   training has saved a checkpoint. A worker cannot block the signals itself before it has started,

@@ -25,7 +25,7 @@ from vit_jax.evaluation import measures
 from vit_jax.evaluation.multilabel import Labelled, best_thresholds
 from vit_jax.evaluation.scoring import NOT_CALIBRATED, Answers, Losses, Scores
 from vit_jax.experiment import Experiment
-from vit_jax.workdir import Calibration, restore_weights, save_calibration
+from vit_jax.workdir import Calibration, Damaged, restore_weights, save_calibration
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,8 @@ def calibrate_run(
 ) -> None:
   """Fits a `Calibration` for each given checkpoint of a run, and saves it in the workdir.
 
+  A damaged checkpoint is skipped with a warning.
+
   Args:
     exp: experiment of the run.
     val: validation split of the run.
@@ -163,7 +165,11 @@ def calibrate_run(
   """
   eval_step = make_eval_step(exp, mesh)
   for step in steps:
-    params = place_params(mesh, restore_weights(workdir, step))
+    try:
+      params = place_params(mesh, restore_weights(workdir, step))
+    except Damaged as error:
+      log.warning('%s Its probabilities are not calibrated.', error)
+      continue
     found = calibrate(eval_step, params, val, exp.config.eval_batch_size, mesh)
     log_calibration(step, found)
     save_calibration(workdir, step, found)

@@ -23,6 +23,7 @@ def describe(subject: Subject) -> str:
 
 
 RESULT = {  # key in `result.json`: (name in the report, format)
+  'test_mean_average_precision': ('test mean average precision', '{:.2%}'),
   'test_accuracy': ('test accuracy', '{:.2%}'),
   'test_loss': ('test loss', '{:.4f} nats'),
   'examples': ('test images', '{:,}'),

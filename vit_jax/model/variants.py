@@ -234,8 +234,8 @@ def check_parameters(model: ViT, image_shape: tuple[int, int, int]) -> None:
   if layers:
     raise ValueError(
       f'model.mlp={model.mlp} creates layers that are missing in vit_jax.model.ADAPTED: '
-      f'{", ".join(layers)}. Add an entry {{name: n}} for each, with n input axes of its '
-      'kernel (1 for an ordinary linear layer).'
+      f'{", ".join(layers)}. Add an entry {{name: n}} for each layer, where n is the '
+      'number of input axes of its kernel (1 for an ordinary linear layer).'
     )
   unlisted = [n for n in params if n not in listed and not n.startswith('block_')]
   if not unlisted:

@@ -5,8 +5,9 @@ Decisions:
     that works without weights also works with weights. PyTorch keeps the scale of the loss in
     another way. It divides the weighted loss of a batch by the sum of the weights in the batch.
   * If each image has one label, the loss of an image is multiplied by the weight of its class. If
-    images can have several labels, the weight of a class multiplies the loss of this class, but
-    only for images that have the class. PyTorch's `BCEWithLogitsLoss` calls this `pos_weight`.
+    images can have several labels, the weight of a class multiplies the loss of this class for
+    images that have the class. With label smoothing, it also affects the others a little. PyTorch's
+    `BCEWithLogitsLoss` calls this `pos_weight`.
   * Only training uses the weights. Evaluation reports the loss without them.
 """
 

@@ -8,7 +8,7 @@ Other packages can add an entry:
 
 A loss that supports several labels per image also accepts multi-hot labels `[B, L]`, and has the
 argument `positive_L`: a weight for each class, or None. The weight multiplies the loss of the class
-only for images that have the class.
+for images that have the class.
 """
 
 from collections.abc import Callable

@@ -216,8 +216,8 @@ def check_patch_sizes(config: ConfigDict, model: ViT) -> None:
   for key in ('freeze', 'classifier'):
     if config[key]:
       raise ValueError(
-        f'{name} cannot be combined with {key}={config[key]}, because a backbone that is not '
-        'trained is used with only one patch size. Remove one of the two keys.'
+        f'{name} cannot be combined with {key}={config[key]}, because random patch sizes only '
+        'make sense if the backbone is trained. Remove one of the two keys.'
       )
   if config.objective == 'masked':
     raise ValueError(

@@ -28,7 +28,14 @@ from vit_jax import experiment, opening
 from vit_jax.check import check
 from vit_jax.distributed import Preempted, Preemption, from_first, to_host
 from vit_jax.evaluation import with_teacher
-from vit_jax.training import Run, devices_of, init_state, prepared
+from vit_jax.training import (
+  Run,
+  check_same_data,
+  check_same_teacher,
+  devices_of,
+  init_state,
+  prepared,
+)
 from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, training_files_of
 
 log = logging.getLogger(__name__)
@@ -86,7 +93,10 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   check_repeatable(workdir, config, cycles, first, last)
   with config_lib.naming_imports(item):
     saved = config_lib.from_dict(item['config'])
+  config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
   exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
+  check_same_data(exp, workdir)
+  check_same_teacher(exp, workdir)
   mesh = experiment.mesh_for(exp.config)
   exp = prepared(exp, training, mesh, restore_item(workdir, first, 'config'))
   exp, training = with_teacher(exp, training, mesh, workdir / 'features')

@@ -3,7 +3,12 @@
 from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step, estimated
 from vit_jax.training.loop import Run, devices_of
-from vit_jax.training.resume import check_in_all_processes, saved_config
+from vit_jax.training.resume import (
+  check_in_all_processes,
+  check_same_data,
+  check_same_teacher,
+  saved_config,
+)
 from vit_jax.training.state import TrainState, init_state
 from vit_jax.training.tracing import (
   OTHER,
@@ -23,6 +28,8 @@ __all__ = [
   'TrainState',
   'activations',
   'check_in_all_processes',
+  'check_same_data',
+  'check_same_teacher',
   'classifier_config',
   'compile_step',
   'devices_of',

@@ -177,6 +177,8 @@ def sweep(
     )
   if is_first():
     write_json(file, {'sweep': points})
+    for rate in exp.config.sweep:  # a run that diverged has kept its checkpoints
+      discard(workdir / 'sweep' / short(rate) / 'checkpoints')
   return points
 
 

@@ -81,6 +81,28 @@ def begin(
   return finished, saved, cycles
 
 
+def check_new(workdir: pathlib.Path) -> None:
+  """Raises ValueError if a new run would replace what a folder without checkpoints holds."""
+  checkpoints, config = workdir / 'checkpoints', read_json(workdir / 'config.json')
+  if os.path.islink(checkpoints) and not checkpoints.exists():
+    raise ValueError(
+      f'{checkpoints} is a link to {os.readlink(checkpoints)}, which does not exist. Mount the '
+      'disk or restore the folder. To start from the beginning, remove the link.'
+    )
+  if config is not None and not isinstance(config.get('optimizer'), dict):
+    raise ValueError(
+      f'{workdir / "config.json"} is not the config of a run, and a run would replace it. Choose '
+      'an empty folder as --workdir. To start from the weights of this folder, add '
+      f'--config.init={workdir}'
+    )
+  if (workdir / 'result.json').exists() and not (workdir / 'damaged').exists():
+    raise ValueError(
+      f'{workdir} contains the result of a finished run, but {checkpoints} has no checkpoint. '
+      'Restore the checkpoints, or choose another --workdir. To train this run again from the '
+      f'beginning, remove {workdir / "result.json"}.'
+    )
+
+
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
@@ -195,15 +217,15 @@ def saved_config(workdir: pathlib.Path, overrides: dict[str, str]) -> ConfigDict
   item = newest_config(workdir)
   written = from_first(lambda: read_json(workdir / 'config.json'))
   saved = item['config'] if item else written
-  if item and written:
-    steps = num_steps(config_lib.from_dict(saved), item['task']['train_examples'])
-    if item['step'] == steps:  # the run is finished, so only a cycle of more epochs can follow
-      saved = saved | {'epochs': max(saved['epochs'], written.get('epochs', 0))}
   if saved is None:
     raise ValueError(
       f'{workdir} holds no run to resume: set --config to start one, e.g. configs/digits.py.'
     )
   with config_lib.naming_imports(item or {}):
+    if item and written:
+      steps = num_steps(config_lib.from_dict(saved), item['task']['train_examples'])
+      if item['step'] == steps:  # the run is finished, so only a cycle of more epochs can follow
+        saved = saved | {'epochs': max(saved['epochs'], written.get('epochs', 0))}
     config = config_lib.override_all(config_lib.from_dict(saved), overrides)
     check(config)
   return config
@@ -248,6 +270,8 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   """Saves the first test images as PNG files, so that users can try `--mode=predict` on them."""
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
+  for earlier in folder.glob('[0-7]_*.png'):  # maybe of another split
+    earlier.unlink()
   first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name

@@ -6,9 +6,9 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment, limits, opening
 from vit_jax.bucket import keeping_lists, to_path
-from vit_jax.distributed import start_up
+from vit_jax.distributed import from_first, start_up
 from vit_jax.training.closed_form import make_head
-from vit_jax.training.resume import LISTS, begin, check_in_all_processes, record
+from vit_jax.training.resume import LISTS, begin, check_in_all_processes, check_new, record
 from vit_jax.training.session import fit
 from vit_jax.training.trial import prepared
 from vit_jax.workdir import held, newest_config, training_files_of
@@ -40,6 +40,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     finished, saved, cycles = begin(config, workdir)
     if finished:
       return finished
+    if saved is None:
+      from_first(lambda: check_new(workdir))
     with keeping_lists(workdir / LISTS):
       exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     mesh = experiment.mesh_for(exp.config)

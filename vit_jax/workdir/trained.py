@@ -252,8 +252,8 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
     raise ValueError(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
       'or the content of the files. Choose a different split or folder for the test. If these are '
-      'other images with the same file names, move the images of each class into a new subfolder, '
-      'such as <class>/new/, because a name includes the folders below the class.'
+      'different images that only have the same names, move the images of each class into a '
+      'subfolder, such as <class>/new/, because the path below the class folder is compared.'
     )
   if number:
     log.warning(
