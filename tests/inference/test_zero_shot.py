@@ -281,7 +281,7 @@ def test_classes_that_no_model_can_use_are_refused_on_the_command_line(trained, 
   images = f'--images={tmp_path}'
   Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
   for argv, message in (
-    ((f'--workdir={trained[0]}', classes), 'the model of a workdir already has a head'),
+    ((f'--workdir={trained[0]}', classes), 'The model of a workdir has no text encoder'),
     ((f'--init={DATA / "hf_clip"}',), 'give the text embeddings of classes with --classes'),
     ((f'--init={DATA / "hf_clip"}', classes, '--features=pooled'), '--features cannot be combined'),
   ):
