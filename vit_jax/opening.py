@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 # Config keys that only training reads, or prefixes of these keys.
 TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
-  'keep_checkpoints', 'init_resize', 'deterministic', 'freeze', 'adapt', 'lora.', 'classifier',
+  'keep_checkpoints', 'deterministic', 'freeze', 'adapt', 'lora.', 'classifier',
   'sweep', 'ema', 'progressive.', 'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.',
   'recipe.', 'distill.',
 )  # fmt: skip
@@ -288,7 +288,7 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
     )
   else:
     workdir = request.workdir
-    if init := request.overrides.get('init'):
+    if (init := request.overrides.get('init')) and not request.config:
       why = f'has no effect on the run in --workdir={workdir}: use --init to open other weights.'
       raise ValueError(f'--config.init={init} {why}')
     exp, params, step = from_workdir(workdir, request.overrides, request.config, request.step)

@@ -96,6 +96,14 @@ def test_other_initial_weights_for_a_finished_run_are_refused(capsys, trained):
   assert '--config.init=other has no effect on the run' in message and 'use --init' in message
 
 
+@pytest.mark.slow
+def test_the_command_of_a_run_that_started_from_weights_also_evaluates_it(trained, tmp_path):
+  config = small_config(init=str(trained[0]))
+  trainer.train(config, tmp_path)
+  request = opening.Request(tmp_path, overrides={'init': str(trained[0])}, config=config)
+  assert opening.open_model(request)[2] == 32
+
+
 @pytest.mark.parametrize('mode', [name for name in cli.MODES if STEP in cli.MODES[name].flags])
 def test_each_mode_uses_the_requested_checkpoint(capsys, trained, tmp_path, monkeypatch, mode):
   if mode == 'serve':
