@@ -110,7 +110,7 @@ def check(config: ConfigDict, trains: bool = True) -> None:
   if config.data.image_size is not None:
     pair(config.data.image_size, 'data.image_size')
     check_progressive(config)
-  check_objective(config)
+  check_objective(config, trains)
   check_distill(config)
   axes = dict(config.mesh)
   if axes['fsdp'] == axes['tensor'] == -1 or not all(n == -1 or n > 0 for n in axes.values()):
@@ -182,8 +182,8 @@ def check_progressive(config: ConfigDict) -> None:
     raise ValueError('progressive.sizes cannot be combined with freeze. Remove one of the two.')
 
 
-def check_objective(config: ConfigDict) -> None:
-  """Raises ValueError for keys that contradict the key `objective`."""
+def check_objective(config: ConfigDict, trains: bool) -> None:
+  """Raises ValueError for keys that contradict the key `objective`; `trains` is as in `check`."""
   name, teacher = config.objective, config.distill.teacher
   if name and (name == 'distilled') != bool(teacher):
     remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'
@@ -194,9 +194,9 @@ def check_objective(config: ConfigDict) -> None:
   if not objective_of(config).labels:
     keys = [key for key in ('freeze', 'adapt', 'classifier', 'sweep') if config[key]]
     wrong = [f'{key}={config[key]}' for key in keys]
-    if config.loss.class_weights != 'none':
+    if trains and config.loss.class_weights != 'none':
       wrong.append(f'loss.class_weights={config.loss.class_weights}')
-    if config.loss.label_smoothing:
+    if trains and config.loss.label_smoothing:
       wrong.append(f'loss.label_smoothing={config.loss.label_smoothing}')
     if config.optimizer.layer_decay != 1:
       wrong.append(f'optimizer.layer_decay={config.optimizer.layer_decay}')

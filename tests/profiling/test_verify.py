@@ -46,9 +46,10 @@ def test_repeated_steps_give_the_same_bits_and_nothing_is_written(trained, capsy
   assert files(workdir) == before
 
 
-def test_other_settings_are_refused_before_a_device_is_blamed(trained, capsys):
-  lr = '--config.optimizer.lr=1'
-  assert 'optimizer.lr' in error(capsys, '--mode=verify', f'--workdir={trained[0]}', lr)
+@pytest.mark.parametrize('key', ['optimizer.lr', 'epochs'])
+def test_other_settings_are_refused_before_a_device_is_blamed(trained, capsys, key):
+  message = error(capsys, '--mode=verify', f'--workdir={trained[0]}', f'--config.{key}=2')
+  assert key in message
 
 
 @pytest.mark.slow

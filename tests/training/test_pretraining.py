@@ -9,7 +9,8 @@ import pytest
 
 from tests.conftest import call, check_resumes_exactly, error, run_model, small_config
 import vit_jax
-from vit_jax import opening
+from vit_jax import default_config, opening
+from vit_jax.check import check
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import score_split
 from vit_jax.evaluation.answers import make_eval_step
@@ -53,6 +54,14 @@ def test_settings_of_a_classifier_loss_are_refused(tmp_path, capsys, setting):
   flags = ['--config=configs/mae.py:tiny,cifar10', f'--workdir={tmp_path}/run']
   message = error(capsys, *flags, f'--config.loss.{setting}')
   assert 'trains no classification head' in message and f'loss.{setting}' in message
+
+
+def test_a_run_with_settings_of_a_classifier_loss_can_still_be_opened():
+  config = default_config()
+  config.objective, config.loss.label_smoothing = 'masked', 0.1
+  check(config, trains=False)
+  with pytest.raises(ValueError, match=r'loss.label_smoothing=0.1'):
+    check(config)
 
 
 @pytest.mark.parametrize('flag, message', [

@@ -25,7 +25,7 @@ from vit_jax.evaluation import measures
 from vit_jax.evaluation.multilabel import Labelled, best_thresholds
 from vit_jax.evaluation.scoring import NOT_CALIBRATED, Answers, Losses, Scores
 from vit_jax.experiment import Experiment
-from vit_jax.workdir import Calibration, Damaged, restore_weights, save_calibration
+from vit_jax.workdir import Calibration, restore_weights, save_calibration
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +165,11 @@ def calibrate_run(
   """
   eval_step = make_eval_step(exp, mesh)
   for step in steps:
-    try:
-      params = place_params(mesh, restore_weights(workdir, step))
-    except Damaged as error:
-      log.warning('%s Its probabilities are not calibrated.', error)
+    weights = restore_weights(workdir, step)
+    if weights is None:
+      log.warning('Step %d: the probabilities are not calibrated.', step)
       continue
+    params = place_params(mesh, weights)
     found = calibrate(eval_step, params, val, exp.config.eval_batch_size, mesh)
     log_calibration(step, found)
     save_calibration(workdir, step, found)

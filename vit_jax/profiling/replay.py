@@ -94,6 +94,10 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   with config_lib.naming_imports(item):
     saved = config_lib.from_dict(item['config'])
   config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
+  if config.epochs != saved.epochs:  # `check_same_run` allows this for a finished run
+    raise ValueError(
+      f'--mode=verify needs the epochs of the run, {saved.epochs}: do not set epochs.'
+    )
   exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
   check_same_data(exp, workdir)
   check_same_teacher(exp, workdir)

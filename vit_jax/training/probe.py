@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from vit_jax import config as config_lib
-from vit_jax.distributed import Preempted, Preemption, from_first, is_first, replicate
+from vit_jax.distributed import Preempted, Preemption, from_first, replicate
 from vit_jax.evaluation import cached_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.model import Dense
@@ -175,10 +175,13 @@ def sweep(
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
     )
-  if is_first():
+
+  def finish():
     write_json(file, {'sweep': points})
     for rate in exp.config.sweep:  # a run that diverged has kept its checkpoints
       discard(workdir / 'sweep' / short(rate) / 'checkpoints')
+
+  from_first(finish)
   return points
 
 

@@ -83,7 +83,8 @@ def begin(
 
 def check_new(workdir: pathlib.Path) -> None:
   """Raises ValueError if a new run would replace what a folder without checkpoints holds."""
-  checkpoints, config = workdir / 'checkpoints', read_json(workdir / 'config.json')
+  checkpoints = workdir / 'checkpoints'
+  config, result = (read_json(workdir / name) for name in ('config.json', 'result.json'))
   if os.path.islink(checkpoints) and not checkpoints.exists():
     raise ValueError(
       f'{checkpoints} is a link to {os.readlink(checkpoints)}, which does not exist. Mount the '
@@ -95,7 +96,8 @@ def check_new(workdir: pathlib.Path) -> None:
       'an empty folder as --workdir. To start from the weights of this folder, add '
       f'--config.init={workdir}'
     )
-  if (workdir / 'result.json').exists() and not (workdir / 'damaged').exists():
+  # If the last checkpoint was damaged, the previous command has said that training starts again.
+  if result and not [*(workdir / 'damaged').glob(f'{result.get("steps")}-*')]:
     raise ValueError(
       f'{workdir} contains the result of a finished run, but {checkpoints} has no checkpoint. '
       'Restore the checkpoints, or choose another --workdir. To train this run again from the '
@@ -270,9 +272,9 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   """Saves the first test images as PNG files, so that users can try `--mode=predict` on them."""
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
+  first = test.some(range(min(8, len(test))))
   for earlier in folder.glob('[0-7]_*.png'):  # maybe of another split
     earlier.unlink()
-  first = test.some(range(min(8, len(test))))
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name
     labels = np.flatnonzero(label) if exp.task.multi_label else [label][: len(exp.task.class_names)]

@@ -3,7 +3,7 @@
 from vit_jax.workdir.audit import check_untrained, report_mistakes, warn_of_trained
 from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
-from vit_jax.workdir.items import Damaged, digest
+from vit_jax.workdir.items import digest
 from vit_jax.workdir.lock import discard, held
 from vit_jax.workdir.restoring import restore_state
 from vit_jax.workdir.stored import (
@@ -28,7 +28,6 @@ __all__ = [
   'DETAILS',
   'Calibration',
   'Checkpoints',
-  'Damaged',
   'Silent',
   'Task',
   'TrainingFiles',

@@ -81,17 +81,30 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
   return from_first(lambda: read_item(workdir, step, item))
 
 
-def restore_weights(workdir: pathlib.Path, step: int) -> dict:
-  """Returns a checkpoint's weights for inference (NumPy): the EMA weights if the run has them.
+def restore_weights(workdir: pathlib.Path, step: int) -> dict | None:
+  """Returns a checkpoint's weights for inference (NumPy), or None if the checkpoint is damaged.
+
+  In the second case, the log names the damage.
+  """
+
+  def read():
+    try:
+      return read_weights_of(workdir, step)
+    except items.Damaged as error:  # caught here, because other processes get only its text
+      log.warning('%s', error)
+      return None
+
+  return from_first(read)
+
+
+def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
+  """Returns a checkpoint's EMA weights, or its parameters if the run has no EMA.
+
+  Only this process reads them.
 
   Raises:
     Damaged: an item is invalid, or has changed since it was saved.
   """
-  return from_first(lambda: read_weights_of(workdir, step))
-
-
-def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
-  """Returns a checkpoint's weights like `restore_weights`, but reads them only in this process."""
   if read_item(workdir, step, 'config')['config']['ema'] > 0:
     return read_item(workdir, step, 'state')['ema']
   return read_item(workdir, step, 'params')
