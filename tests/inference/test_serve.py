@@ -80,7 +80,8 @@ def no_traceback(request):
 
 @pytest.fixture
 def client(page):
-  return gradio_client.Client(page, verbose=False)
+  # Its default of 5 s is short for 50 requests at once on a slow machine.
+  return gradio_client.Client(page, verbose=False, httpx_kwargs={'timeout': 120})
 
 
 def send(address, data=None):
