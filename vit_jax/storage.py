@@ -165,13 +165,14 @@ def replace(path: pathlib.Path, text: str) -> None:
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   """Context manager that yields a temporary file, which replaces `path` if no error occurs."""
-  partial = path.with_name(path.name + '.partial')
   if bucket.is_remote(path):
     with writing(path), tempfile.TemporaryDirectory(prefix='vit_jax_') as scratch:
       partial = pathlib.Path(scratch) / path.name
       yield partial
       upload([partial], path.parent)
     return
+  # Each process has its own temporary file, because two may write at once, e.g. evaluate a workdir.
+  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

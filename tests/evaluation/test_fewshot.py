@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_a_result_that_cannot_be_written_is_still_printed(capsys, trained, monke
   workdir = trained[0]
   score = {'mean': 0.5, 'std': 0.0, 'accuracy': [0.5]}
   monkeypatch.setattr(few_shot, 'score_backbone', lambda *_: {'shots': {'1': score}})
-  (workdir / 'fewshot.json.partial').symlink_to('/dev/full')
+  (workdir / f'fewshot.json.{os.getpid()}.partial').symlink_to('/dev/full')
   assert not cli.main(['--mode=fewshot', f'--workdir={workdir}'])
   out, err = capsys.readouterr()
   assert ' 1 shots: 50.00%' in out and '/fewshot.json (No space left' in err

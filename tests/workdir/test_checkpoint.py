@@ -436,7 +436,7 @@ def test_full_disk_leaves_the_last_checkpoint_intact(trained, tmp_path, capfd):
 @pytest.mark.parametrize('name', ['log.txt', 'metrics.jsonl', 'result.json'])
 def test_unwritable_record_is_named(tmp_path, capfd, name):
   said = f'{name} .No space left on device'
-  full = tmp_path / {'result.json': 'result.json.partial'}.get(name, name)
+  full = tmp_path / {'result.json': f'result.json.{os.getpid()}.partial'}.get(name, name)
   with pytest.raises(storage.Unwritten, match=said), contextlib.ExitStack() as stack:
     if name == 'log.txt':
       full.symlink_to('/dev/full')
@@ -448,7 +448,18 @@ def test_unwritable_record_is_named(tmp_path, capfd, name):
     writer.write_json(tmp_path / 'result.json', {})
   err = capfd.readouterr().err
   assert 'Traceback' not in err and 'Logging error' not in err
-  assert not (tmp_path / 'result.json.partial').exists()
+  assert not [*tmp_path.glob('*.partial')]
+
+
+def test_two_processes_can_replace_a_file_at_once(tmp_path):
+  path = tmp_path / 'predictions.csv'
+  other = 'import pathlib, sys; from vit_jax.storage import replace; '
+  other += 'replace(pathlib.Path(sys.argv[1]), "b")'
+  with storage.replacing(path) as partial:
+    partial.write_text('a')
+    subprocess.run([sys.executable, '-c', other, path], cwd=ROOT, check=True)
+    assert path.read_text() == 'b' and partial.read_text() == 'a'
+  assert path.read_text() == 'a' and [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.slow
