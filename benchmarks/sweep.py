@@ -85,19 +85,27 @@ def check_runs(args: argparse.Namespace) -> None:
       )
 
 
-def epochs_for(args: argparse.Namespace, settings: dict[str, str]) -> str:
-  """Returns the number of epochs with which training a combination costs `args.pflops`.
+def pflops_of(config: str, overrides: dict[str, str]) -> float:
+  """Returns what training costs, in PFLOPs.
 
   Raises:
     SystemExit: the number of training images is unknown.
   """
-  config = cli.load_file(args.config)
-  config = config_lib.override_all(config, {**args.overrides, **settings})
-  config.epochs = 100.0  # so that rounding the number of steps does not matter
-  flops = summary_of(Request(config=config)).run_flops
+  whole = config_lib.override_all(cli.load_file(config), overrides)
+  flops = summary_of(Request(config=whole)).run_flops
   if flops is None:
-    raise SystemExit(f'error: --pflops: data.source={config.data.source} was not found.')
-  return f'{100 * args.pflops * 1e15 / flops:.3g}'
+    raise SystemExit(f'error: data.source={whole.data.source} was not found.')
+  return flops / 1e15
+
+
+def epochs_for(config: str, overrides: dict[str, str], pflops: float) -> str:
+  """Returns the number of epochs with which training costs `pflops`.
+
+  Raises:
+    SystemExit: the number of training images is unknown.
+  """
+  many = 100  # so that rounding the number of steps does not matter
+  return f'{many * pflops / pflops_of(config, overrides | {"epochs": str(many)}):.3g}'
 
 
 def grid(text: str) -> list[dict[str, str]]:
@@ -157,7 +165,8 @@ def main(argv: list[str]) -> int:
   """Trains all combinations and prints the table; returns the exit code."""
   args = parse(argv)
   if args.pflops:
-    args.grid = [settings | {'epochs': epochs_for(args, settings)} for settings in args.grid]
+    for settings in args.grid:
+      settings['epochs'] = epochs_for(args.config, args.overrides | settings, args.pflops)
   results = {i: [] for i in range(len(args.grid))}
   # Seeds are the outer loop, so that an interrupted sweep has tried every combination early.
   for seed in range(args.seeds):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import collect, recipes, speedrun, sweep
+from benchmarks import collect, masked, recipes, speedrun, sweep
 from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.inference.summary import summary_of
@@ -173,7 +173,9 @@ def test_a_grid_can_be_a_list_of_combinations():
 def test_combinations_of_equal_compute_get_their_epochs():
   flags = ['--config=configs/digits.py', '--out=o', '--pflops=1e-4']
   args = sweep.parse([*flags, '--grid=[{"model.depth": [2]}, {"model.depth": [4]}]'])
-  few, many = (float(sweep.epochs_for(args, settings)) for settings in args.grid)
+  few, many = (
+    float(sweep.epochs_for(args.config, args.overrides | grid, 1e-4)) for grid in args.grid
+  )
   assert 1.7 < few / many < 2.1  # a block more costs the same as the others
   config = config_lib.override_all(
     cli.load_file('configs/digits.py'), args.overrides | args.grid[0] | {'epochs': str(few)}
@@ -238,3 +240,38 @@ def test_an_attempt_is_checked_before_its_first_run(flags, message, tmp_path, ca
   with pytest.raises(SystemExit, match='2'):
     speedrun.parse([*good, '--config.checkpoint_every=100', *flags])
   assert message in capsys.readouterr().err
+
+
+def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(monkeypatch, tmp_path):
+  """Records the commands of the comparison, and adds up what they cost."""
+  price = lambda config, overrides: (0.5 if 'mae' in config else 1) * share(overrides)
+  share = lambda overrides: {'train': 1, 'train[:10%]': 0.1, 'train[:1%]': 0.01}[
+    overrides.get('data.train_split', 'train')
+  ]
+  cost, given = {}, {}
+
+  def train(config, overrides, workdir):
+    given[workdir.name] = overrides
+    if 'epochs' in overrides:
+      cost[workdir.name] = float(overrides['epochs']) * price(config, overrides)
+    workdir.mkdir(parents=True)
+    (workdir / 'result.json').write_text('{"test_loss": 1.0, "steps": 2, "seconds": 3.0}')
+    return True
+
+  monkeypatch.setattr(collect, 'train', train)
+  monkeypatch.setattr(collect, 'RESULTS', tmp_path)
+  monkeypatch.setattr(masked, 'pflops_of', lambda c, o: float(o['epochs']) * price(c, o))
+  monkeypatch.setattr(masked, 'epochs_for', lambda c, o, pflops: str(pflops / price(c, o)))
+  masked.main(['folder:a/c', 'folder:a/t', str(tmp_path / 'runs'), '--config.ema=0.5'])
+  assert {cost[f'scratch_{label}'] for label in masked.LABELLED} == {20}
+  for name in ('mae_cifar10', 'mae_tinyimagenet'):
+    for label, split in masked.LABELLED.items():
+      assert cost[name] == cost[f'{name}_{label}'] == 10
+      assert given[f'{name}_{label}']['data.train_split'] == split
+    for last in (*masked.LABELLED, 'probe'):
+      assert given[f'{name}_{last}']['init'] == str(tmp_path / 'runs' / name)
+  sources = {name for name, keys in given.items() if keys['data.source'] == 'folder:a/t'}
+  assert sources == {'mae_tinyimagenet'} and all(keys['ema'] == '0.5' for keys in given.values())
+  saved = json.loads((tmp_path / 'masked.json').read_text())
+  assert saved['rows'].keys() == given.keys() and len(given) == 13
+  assert saved['total_pflops'] == 20 and str(tmp_path) not in json.dumps(saved)
