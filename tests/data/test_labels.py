@@ -318,8 +318,8 @@ def edit(old, new):
     (table([(p, c, 'train' if c == 'a' else 'test') for p, c in SINGLE], SPLIT),
      'no training images for class b. List more images of this class, or remove it.$'),
     (table([*SINGLE[:24], (NAMES[24], 'rare')]),
-     'no training images for class rare, because a hash of the path'),
-    (table(SINGLE[1:3]), 'no test images, because a hash.*or list more images'),
+     'no training images for class rare. A hash of the path.*remove it, or add a column'),
+    (table(SINGLE[1:3]), 'no test images. A hash.*List more images, or add a column .split. with'),
 ])  # fmt: skip
 def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
   touch(tmp_path)

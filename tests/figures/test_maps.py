@@ -161,7 +161,7 @@ def test_attention_of_the_first_block_matches_the_papers_formula(case):
 
 def test_attentions_without_a_pool_raise_missing():
   model, params, image = build(pool='none', class_token=True)
-  with pytest.raises(Missing, match='Choose another pool'):
+  with pytest.raises(Missing, match='Try model.clone'):
     maps.attentions(model, params, image)
 
 

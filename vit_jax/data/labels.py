@@ -166,19 +166,20 @@ def check_splits(
   file: pathlib.Path, class_names: tuple[str, ...], files: Mapping[str, Files]
 ) -> None:
   """Raises ValueError if a class has no training image, or if the test split is empty."""
-  absent, reason = without(class_names, files['train']), ''
+  absent, reason, remedy = without(class_names, files['train']), '', ''
   if files['train'].span != (0.0, 1.0):
     reason = (
-      f', because a hash of the path selects about {HELD_OUT:.0%} of the images for testing. To '
-      "choose the test images yourself, add a column 'split' with the values train and test"
+      f' A hash of the path selects about {HELD_OUT:.0%} of the images for testing. Of a few '
+      'images it can select all or none.'
     )
+    remedy = ", or add a column 'split' with the values train and test"
   if absent:
     raise ValueError(
-      f'{file}: no training images for class {abridged(absent)}{reason}. List more images of this '
-      'class, or remove it.'
+      f'{file}: no training images for class {abridged(absent)}.{reason} List more images of this '
+      f'class, or remove it{remedy}.'
     )
   if not len(files['test']):
-    raise ValueError(f'{file}: no test images{reason}, or list more images.')
+    raise ValueError(f'{file}: no test images.{reason} List more images{remedy}.')
 
 
 def merged(

@@ -29,7 +29,7 @@ MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # only the us
 
 
 class Preempted(Exception):
-  """Raised after training was asked to stop and has saved its progress."""
+  """Raised if a stop signal ended a mode early. Training has then saved its progress."""
 
 
 def asked_to_stop() -> bool:

@@ -57,9 +57,7 @@ def attentions(
   """
   pool = POOLS[model.pool]
   if pool.tokens:
-    raise Missing(
-      f'model.pool={model.pool} returns every token. Choose another pool: model.clone(pool="cls").'
-    )
+    raise Missing(f'model.pool={model.pool} does not pool the tokens. Try model.clone(pool="cls").')
   if not (pool.linear or pool.probe):
     raise Missing(
       f'model.pool={model.pool} does not tell how much each token contributes to the pooled '

@@ -3,8 +3,8 @@
 Decisions:
   * The accuracy is computed as in `--mode=eval`, but the logits come from the exported program. So
     the accuracy includes the effect of the conversion.
-  * A zero-shot program has the classes of its file. As in `--mode=eval`, its logits are first
-    reduced to the classes of the data, in the order of the data.
+  * A zero-shot program has the classes of its text embeddings (`--classes`). As in `--mode=eval`, its
+    logits are first reduced to the classes of the data, in the order of the data.
   * The latency of a program is its median time for a batch of one image. The programs take turns,
     so that other work on the machine slows all programs equally. Each turn has several calls. The
     first call of a turn does not count, because threads of the previous program can still be busy.
@@ -230,8 +230,9 @@ def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
 def choose_classes(program: Program, exp: Experiment, about: str) -> tuple[list[int] | slice, str]:
   """Chooses the logits of a program that belong to the classes of the test images.
 
-  `exp` has the classes of the test images, and `about` describes the images. The results are the
-  indices of the logits, and the description. It says if the program has more classes.
+  `exp` has the classes of the test images, and `about` describes the images. Returns the indices of
+  the chosen logits, and `about`. If the program has more classes than the images, the returned text
+  also gives both numbers of classes.
   """
   own, wanted = program.class_names, exp.task.class_names
   if own is None or own == wanted:

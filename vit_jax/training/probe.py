@@ -169,7 +169,8 @@ def sweep(
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after the last step of this head's run
         raise Preempted(
-          f'The sweep was asked to stop: the run with learning rate {rate:g} is finished.'
+          f'The sweep was asked to stop. It stopped after the head for learning rate {rate:g}, '
+          'which is saved.'
         )
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(

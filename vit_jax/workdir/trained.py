@@ -253,7 +253,8 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
       'or the content of the files. Choose a different split or folder for the test. If these are '
       'different images that only have the same names, move the images of each class into a '
-      'subfolder, such as <class>/new/, because the path below the class folder is compared.'
+      'subfolder, such as <class>/new/. Their names then differ, because a name is the path below '
+      'the class folder (new/1.jpg).'
     )
   if number:
     log.warning(
