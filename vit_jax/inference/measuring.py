@@ -3,8 +3,8 @@
 Decisions:
   * The accuracy is computed as in `--mode=eval`, but the logits come from the exported program. So
     the accuracy includes the effect of the conversion.
-  * A zero-shot program has the classes of its text embeddings (`--classes`). As in `--mode=eval`, its
-    logits are first reduced to the classes of the data, in the order of the data.
+  * A zero-shot program has the classes of its text embeddings (`--classes`). As in `--mode=eval`,
+    its logits are first reduced to the classes of the data, in the order of the data.
   * The latency of a program is its median time for a batch of one image. The programs take turns,
     so that other work on the machine slows all programs equally. Each turn has several calls. The
     first call of a turn does not count, because threads of the previous program can still be busy.
