@@ -123,8 +123,14 @@ def test_records_are_uploaded_whole_and_downloaded_again(server):
       server.written.clear()
       mirror.upload()
       assert not server.written  # nothing has changed
+      (mirror.folder / 'best.txt').write_text(text[::-1])  # another text of equal length
+      mirror.upload()
+      assert (path / 'best.txt').read_text() == text[::-1]
+      (mirror.folder / 'best.txt').write_text(text)
+      mirror.upload()
+      assert (path / 'best.txt').read_text() == text
   assert (path / 'log.txt').read_text(encoding='utf-8') == 'one\ntwo\n'
-  assert server.names() == ['run/log.txt']
+  assert server.names() == ['run/best.txt', 'run/log.txt']
 
 
 def test_a_workdir_has_one_owner_and_its_lock_is_removed(server):
