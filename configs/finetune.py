@@ -27,7 +27,8 @@ These flags hold out 2% of CIFAR, and measure the accuracy with the learning rat
 
 The recipe `adamw` uses AdamW with the settings of MAE (2111.06377, Table 9): layer-wise
 learning-rate decay 0.75, weight decay 0.05, label smoothing 0.1 and stochastic depth 0.1. Unlike
-MAE, it uses no RandAugment, mixup or cutmix.
+MAE, it uses no RandAugment, mixup or cutmix. Batch size, steps, warm-up, gradient clipping, crops
+and image size are those of `sgd`.
 
 The recipe `lora` freezes the weights of the backbone. It trains the head and a low-rank update of
 each kernel in attention and MLP, with rank 8 (Hu et al. 2021, 2106.09685). We tried it with `tiny`
