@@ -567,6 +567,7 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
   trainer.train(resume.saved_config(killed, {}), killed)
   for item in ('params', 'state'):
     assert_equal(*[stored.restore_item(path, 64, item) for path in (whole, killed)])
+  assert sorted(stored.saved_steps(whole)) == [32, 48, 64]  # the first cycle's end is kept too
 
   with pytest.raises(ValueError, match='step 64, but a run with epochs=1 ends at step 32'):
     trainer.train(small_config(), whole)

@@ -25,7 +25,7 @@ Decisions:
     deletes an older checkpoint only afterwards, so a run never loses its last complete checkpoint.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import concurrent.futures
 import contextlib
 import functools
@@ -48,20 +48,27 @@ class Checkpoints:
   With several processes, all processes must call its methods in the same order.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int = 2):
-    """Opens a workdir, in which the `keep` newest checkpoints and the best one are kept."""
+  def __init__(self, workdir: pathlib.Path, keep: int = 2, finished: Sequence[int] = ()):
+    """Opens a workdir, and decides which of its checkpoints are kept.
+
+    Args:
+      workdir: folder of the run.
+      keep: number of newest checkpoints to keep. The best one is kept in addition.
+      finished: steps at which the run was finished before it got more epochs, and whose checkpoints
+        are kept.
+    """
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
     self._thread, self._handover = concurrent.futures.ThreadPoolExecutor(1), None
-    self._copy = None
+    self._copy, kept = None, (keep, self._accuracies, finished)
     from_first(lambda: stored.directory(workdir).mkdir(parents=True, exist_ok=True))
     if self._shared:
       agreement = Agreement()
       complete = agreement.reporting(self._add_digests)
-      self._manager = open_manager(workdir, keep, self._accuracies, complete, agreement)
+      self._manager = open_manager(workdir, *kept, complete, agreement)
     elif is_first():
-      self._manager = open_manager(workdir, keep, self._accuracies, self._add_digests)
+      self._manager = open_manager(workdir, *kept, self._add_digests)
 
   def __enter__(self):
     items.be_silent()

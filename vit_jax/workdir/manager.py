@@ -1,6 +1,6 @@
 """Opens orbax's checkpoint manager, with rules for saving and keeping checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import logging
@@ -52,6 +52,7 @@ def open_manager(
   workdir: pathlib.Path,
   keep: int,
   scored: dict[int, float],
+  finished: Sequence[int],
   before_commit: Callable[[], None],
   agreement: Agreement | None = None,
 ) -> ocp.CheckpointManager:
@@ -61,11 +62,12 @@ def open_manager(
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
     scored: {step: accuracy}; the caller can add steps later.
+    finished: more steps whose checkpoints are kept.
     before_commit: called in process 0 when all files of a checkpoint are written, before orbax
       gives the checkpoint its final name.
     agreement: the processes that save together; None if this process saves alone.
   """
-  policy = policies.AnyPreservationPolicy([policies.LatestN(max(keep, 1)), Best(scored)])
+  kept = [policies.LatestN(max(keep, 1)), Best(scored), policies.CustomSteps(finished)]
   set_array_handler()  # before the handlers are created
   everyone = ocp.options.MultiprocessingOptions()
   who = {'multiprocessing_options': everyone if agreement else items.ALONE}
@@ -76,7 +78,7 @@ def open_manager(
   if agreement:
     handlers = {name: agreement.watch(handler) for name, handler in handlers.items()}
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=policy,
+    preservation_policy=policies.AnyPreservationPolicy(kept),
     cleanup_tmp_directories=True,
     create=False,  # orbax requires this if not all processes use the manager
     async_options=ocp.options.AsyncOptions(
