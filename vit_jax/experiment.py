@@ -179,7 +179,7 @@ class Experiment:
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns the number of micro-batches with which a device processes its part fastest.
+    """Returns the number of micro-batches with which a device is fastest.
 
     If each device gets an even number of images, two images that are mixed with each other stay in
     the same micro-batch.

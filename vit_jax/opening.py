@@ -142,7 +142,7 @@ def from_config(
 def begin_from(
   config: ConfigDict, source: Source, taught_on: TrainingFiles
 ) -> tuple[ConfigDict, dict | None, TrainingFiles]:
-  """Prepares a new run, whose teacher was trained on the files in `taught_on`.
+  """Prepares a new run. `taught_on`: the files that its teacher, if any, was trained on.
 
   Returns:
     The completed config, the `init` weights (None without `init`), and the training files of the

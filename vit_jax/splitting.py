@@ -61,9 +61,9 @@ def open_splits(
   """Opens the training, validation and test splits; None instead of a missing validation split.
 
   `seen` lists the files on which the weights were trained. These files are removed from the
-  validation and test splits, with one exception: the final run of a learning-rate sweep also trains
-  on the validation split. In a run with a sweep, only the files on which the `init` weights or the
-  teacher were trained are removed from the validation split.
+  validation and test splits. There is one exception: in a run with a learning-rate sweep, only the
+  files on which the `init` weights or the teacher were trained are removed from the validation
+  split. The run's own training files stay, because its final run trains on this split too.
 
   Raises:
     ValueError: the weights were trained on the whole validation split or the whole test split. Or

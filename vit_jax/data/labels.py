@@ -169,8 +169,8 @@ def check_splits(
   absent, reason, remedy = without(class_names, files['train']), '', ''
   if files['train'].span != (0.0, 1.0):
     reason = (
-      f' A hash of the path selects about {HELD_OUT:.0%} of the images for testing. Of a few '
-      'images it can select all or none.'
+      f' A hash of the path selects about {HELD_OUT:.0%} of the images for testing. If there are '
+      'only a few images, the hash can select all of them or none.'
     )
     remedy = ", or add a column 'split' with the values train and test"
   if absent:

@@ -91,9 +91,9 @@ def differs(
   The reason is a text for the log. The arguments are the same as in `decide_cache`.
   """
   if reading.crop:
-    return 'augment.resized_crop crops the original files, not the scaled images'
+    return 'augment.resized_crop crops the original files only if images are streamed'
   if reading.skip_bad_images:
-    return 'data.skip_bad_images replaces bad images with other images'
+    return 'data.skip_bad_images replaces bad images with others only if images are streamed'
   if own := kept():
     return (
       f'with data.cache=memory, images would be augmented at {own[0]}x{own[1]} pixels, and only '

@@ -33,9 +33,9 @@ def start_up() -> None:
   """Sets the number of JAX's CPU devices to the number of CPU cores.
 
   Call this function before the first query for devices. The first query starts JAX, which then uses
-  a single CPU device unless their number is set. The function does nothing if the user has set the
-  number of CPU devices, or if JAX is already running. A mesh for small batches uses only some of
-  these devices (see `worth`).
+  a single CPU device, unless the number of CPU devices is set. The function does nothing if the
+  user has set the number of CPU devices, or if JAX is already running. A mesh for small batches
+  uses only some of these devices (see `worth`).
   """
   global _one_per_core
   if jax.config.jax_num_cpu_devices < 1:

@@ -43,8 +43,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   check_in_all_processes(config, workdir)
   if config.freeze:
     raise ValueError(
-      '--mode=profile does not support freeze=backbone, because without augmentation such training '
-      'steps only read stored features. Add --config.freeze= to profile the whole model.'
+      '--mode=profile does not support freeze=backbone. Such a run can train on stored features, '
+      'and its steps then do not contain the model. Add --config.freeze= to profile the whole model.'
     )
   if config.classifier:
     raise ValueError(

@@ -96,7 +96,7 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
   if config.epochs != saved.epochs:  # `check_same_run` allows this for a finished run
     raise ValueError(
-      f'--mode=verify needs the epochs of the run, {saved.epochs}: do not set epochs.'
+      f'--mode=verify repeats steps of a run with epochs={saved.epochs:g}. Remove --config.epochs.'
     )
   exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
   check_same_data(exp, workdir)

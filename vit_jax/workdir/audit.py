@@ -43,7 +43,7 @@ MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """Properties that tell files apart: a file and a link with the same name hash are equal.
+  """Properties by which files are compared. A file and a link to it are equal if `hash` is equal.
 
   Attributes:
     hash: hash of the name, as in `folder.Files`.
