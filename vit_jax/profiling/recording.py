@@ -44,7 +44,7 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   if config.freeze:
     raise ValueError(
       '--mode=profile does not support freeze=backbone. Such a run can train on stored features, '
-      'and its steps then do not contain the model. Add --config.freeze= to profile the whole model.'
+      'and its steps then do not contain the model. To profile the model, add --config.freeze='
     )
   if config.classifier:
     raise ValueError(
