@@ -110,6 +110,12 @@ def test_stream_has_the_same_order_as_memory():
   same(take(stream, 9), take(loaded, 9))
 
 
+def test_parts_of_a_split_are_read_from_their_first_example():
+  stream = open_numbered(split='train[3:5]+train[-2:]')
+  found = stream.rows([3, 0, 2, 1])['label']
+  np.testing.assert_array_equal(found, [IDS - 1, 3, IDS - 2, 4])
+
+
 @pytest.mark.slow
 def test_batches_do_not_depend_on_threads_workers_or_start_step(photos):
   source = sources.open_source(f'folder:{photos}', '', (16, 16))
