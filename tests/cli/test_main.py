@@ -91,6 +91,12 @@ def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
   assert f'{", ".join(keys)}: no effect here, because only training reads' in err
 
 
+@pytest.mark.parametrize('flags', [['eval'], ['fewshot'], ['fewshot', '--out=o']])
+def test_weights_in_init_need_a_dataset(capsys, trained, flags):
+  message = error(capsys, f'--mode={flags[0]}', *flags[1:], f'--init={trained[0]}')
+  assert 'needs a dataset' in message and 'folder as --workdir' in message
+
+
 def test_other_initial_weights_for_a_finished_run_are_refused(capsys, trained):
   message = error(capsys, '--mode=eval', f'--workdir={trained[0]}', '--config.init=other')
   assert '--config.init=other has no effect on the run' in message and 'use --init' in message

@@ -18,6 +18,7 @@ from vit_jax.data import (
 )
 from vit_jax.experiment import Experiment
 from vit_jax.names import abridged, difference, pair
+from vit_jax.opening import Request
 from vit_jax.workdir import (
   TrainingFiles,
   check_untrained,
@@ -27,6 +28,15 @@ from vit_jax.workdir import (
 )
 
 log = logging.getLogger(__name__)
+
+
+def check_data_given(request: Request) -> None:
+  """Raises ValueError if a request for weights in `init` does not name the dataset."""
+  if request.init and not request.config and 'data.source' not in request.overrides:
+    raise ValueError(
+      f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
+      'folder:photos. To use a run with its own dataset, give its folder as --workdir.'
+    )
 
 
 def open_data(experiment: Experiment) -> Source:

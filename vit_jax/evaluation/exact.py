@@ -21,7 +21,7 @@ from vit_jax.evaluation.answers import (
   score_examples,
   trust,
 )
-from vit_jax.evaluation.data import load_split, load_validation, open_test
+from vit_jax.evaluation.data import check_data_given, load_split, load_validation, open_test
 from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
@@ -106,6 +106,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
     `max_patches`: the value in the request.
     `overrides`: the overridden config keys that begin with an entry of `INPUT`, and their values.
   """
+  check_data_given(request)
   # For zero-shot weights, a head is built from text embeddings of the dataset's classes.
   classes = 'data' if request.zero_shot else 'any' if request.workdir else 'weights'
   exp, params, loaded = opening.open_model(request, classes)

@@ -201,6 +201,7 @@ def fewshot(request: Request, classifier: str = 'ridge') -> dict:
     step number.
   """
   choose('--classifier', classifier, CLASSIFIERS)
+  data.check_data_given(request)
   exp, params, loaded = opening.open_model(request, 'data')
   result = score_backbone(exp, params, classifier)
   if request.workdir:

@@ -16,7 +16,7 @@ import numpy as np
 from vit_jax import config as config_lib
 from vit_jax import opening
 from vit_jax.distributed import from_first, replicate
-from vit_jax.evaluation import compute_features, make_feature_step
+from vit_jax.evaluation import check_data_given, compute_features, make_feature_step
 from vit_jax.experiment import Experiment
 from vit_jax.opening import Request
 from vit_jax.optim import CLASSIFIERS, Training
@@ -44,6 +44,7 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   Raises:
     ValueError: the weights cannot be read, or do not fit the data.
   """
+  check_data_given(request)
   exp, _, step = opening.open_model(request, 'data')
   config, own = config_lib.default_config(), config_lib.flatten(exp.config)
   kept = {k: v for k, v in own.items() if k.startswith(('data.', 'model.')) and k not in AFTER_POOL}
