@@ -169,3 +169,12 @@ def test_axis_not_divisible_by_the_devices_is_not_split():
   split = lambda *shape: tuple(sharding.partition(mesh, path, shape))
   assert split(66, 3, 64) == (None, None, 'fsdp')  # neither 3 heads nor 66 features can be split
   assert split(66, 2, 66) == (None, 'tensor', None)
+
+
+def test_the_size_on_a_device_is_that_of_its_parts():
+  mesh = devices_lib.make_mesh(2, shape={'data': 1, 'fsdp': 2, 'tensor': 1})
+  tree = {'kernel': np.zeros((64, 128), np.float32), 'bias': np.zeros(128, jnp.bfloat16)}
+  placed = sharding.place_params(mesh, tree)
+  (first, *_) = mesh.devices.flat
+  held = [s.data for x in placed.values() for s in x.addressable_shards if s.device == first]
+  assert sharding.size_on_device(mesh, tree) == sum(x.nbytes for x in held) == 64 * 64 * 4 + 256
