@@ -97,6 +97,19 @@ def test_weights_in_init_need_a_dataset(capsys, trained, flags):
   assert 'needs a dataset' in message and 'folder as --workdir' in message
 
 
+def test_a_folder_in_the_place_of_a_file_is_named(capsys, tmp_path):
+  (tmp_path / 'log.txt').mkdir()
+  message = error(capsys, '--config=configs/digits.py', f'--workdir={tmp_path}')
+  assert f'{tmp_path}/log.txt is a folder, but must be a file. Rename' in message
+
+
+def test_a_run_that_starts_from_its_own_workdir_is_refused(capsys, tmp_path):
+  own = tmp_path / 'run'
+  flags = [f'--workdir={own}', f'--config.init={own}', '--config=configs/digits.py']
+  assert 'is the --workdir of this new run' in error(capsys, *flags)
+  assert not own.exists()
+
+
 def test_other_initial_weights_for_a_finished_run_are_refused(capsys, trained):
   message = error(capsys, '--mode=eval', f'--workdir={trained[0]}', '--config.init=other')
   assert '--config.init=other has no effect on the run' in message and 'use --init' in message
@@ -424,6 +437,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
   assert '--config is for train' in error(capsys, '--mode=export', CONFIG, f'--workdir={workdir}')
   assert 'a different config' in error(capsys, '--mode=visualize', CONFIG, f'--workdir={workdir}')
   assert '--workdir is required' in error(capsys, CONFIG, '--workdir=')
+  assert 'Or give --init: weights' in error(capsys, '--mode=predict', '--images=x')
   for bad in ('0', '-5'):
     flags = ['--mode=eval', f'--workdir={workdir}', f'--config.eval_batch_size={bad}']
     assert 'eval_batch_size must be from 1' in error(capsys, *flags)

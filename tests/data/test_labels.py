@@ -309,6 +309,7 @@ def edit(old, new):
     (table([*((*row, 'train') for row in SINGLE), (*SINGLE[0], 'test')], SPLIT),
      "line 42: 'photos/00.jpg' has split 'test', but line 2 gives 'train'"),
     (edit('b\n', 'a\n'), 'expected at least two classes .* found 1: a'),
+    (edit('b\n', '\n'), "column 'label' of .* is empty"),
     ('path,label\n', 'no images are listed'),
     (table(SINGLE).encode('utf-16'), 'line 1: not UTF-8'),
     (table([*SINGLE, ('photos/für.jpg', 'a')]).encode('latin-1'), 'line 42: not UTF-8'),

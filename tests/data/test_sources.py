@@ -607,6 +607,9 @@ def test_image_with_too_many_pixels_is_not_decoded(monkeypatch):
   monkeypatch.setattr(Image.Image, 'load', None)  # only the header is read
   with pytest.raises(image_lib.BadImage, match='a.png.*300x200 pixels, at most 59,999'):
     image_lib.decode_image(encoded.getvalue(), 'a.png', max_pixels=59_999)
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 29_999)
+  with pytest.raises(image_lib.BadImage, match='a.png.*more than 59,998 pixels: make the image'):
+    image_lib.decode_image(encoded.getvalue(), 'a.png')
 
 
 @pytest.mark.parametrize('encoded, kind', [

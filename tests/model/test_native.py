@@ -113,5 +113,7 @@ def test_models_that_cannot_read_padded_images_are_refused_by_name(monkeypatch):
     Packer(model.clone(resnet=(1,)), params, 6)
   with pytest.raises(ValueError, match='max_patches must be a positive integer, got 0'):
     Packer(model.clone(pool='gap'), params, 0)
+  with pytest.raises(ValueError, match='max_patches=65537: expected at most 65,536'):
+    Packer(model.clone(pool='gap'), params, 65537)
   with pytest.raises(ValueError, match='An image has 6 patches, more than max_patches=4 allows'):
     Packer(model.clone(pool='gap'), params, 4)(IMAGES)

@@ -4,6 +4,7 @@ Its run was killed at step 710 of 718, after the checkpoint of step 700. `workdi
 8 test images, the logits of 0.1.0 for them, and the final weights after 0.1.0 resumed the run.
 """
 
+import dataclasses
 import shutil
 
 import jax
@@ -67,3 +68,11 @@ def test_a_run_of_0_1_0_that_depends_on_an_old_rule_is_not_resumed(
   config.epochs = 1.0
   with pytest.raises(ValueError, match=r'0\.1\.0, in which (Muon|data\.crop) .* --config\.init='):
     trainer.train(config, tmp_path)
+
+
+def test_a_run_of_0_1_0_that_enlarged_its_images_differently_is_not_resumed(workdir):
+  exp = opening.from_workdir(workdir)[0]
+  resume.check_same_data(exp, workdir)
+  enlarged = dataclasses.replace(exp, task=dataclasses.replace(exp.task, stored_size=(9, 9)))
+  with pytest.raises(ValueError, match=r'0\.1\.0, in which small images .* --config\.init='):
+    resume.check_same_data(enlarged, workdir)

@@ -23,6 +23,8 @@ def describe(error: Exception) -> str:
       f'{error.filename}: {error.strerror}. Give this user the permissions to use this '
       'path, or choose another path.'
     )
+  if isinstance(error, IsADirectoryError) and error.filename:
+    return f'{error.filename} is a folder, but must be a file. Rename or remove the folder.'
   if is_from_bucket(error):
     return f'A request to a bucket failed: {why_refused(error)} Repeat the command later.'
   flag = re.search(r'JAX flag (jax_\w+)', str(error))

@@ -6,7 +6,7 @@ import pathlib
 import re
 
 from vit_jax.bucket import to_path
-from vit_jax.cli.flags import Flag
+from vit_jax.cli.flags import INIT, Flag
 from vit_jax.cli.modes import MODES
 from vit_jax.config import is_switch
 
@@ -154,6 +154,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def check_required(args: argparse.Namespace) -> None:
   """Raises ValueError if a required flag of the mode and the flag `--init` are both missing."""
-  for flag in MODES[args.mode].flags:
+  flags = MODES[args.mode].flags
+  for flag in flags:
     if flag.required and not getattr(args, flag.name) and not args.init:
-      raise ValueError(f'--{flag.name} is required: {flag.help}.')
+      other = f' Or give --init: {INIT.help}.' if flag.name == 'workdir' and INIT in flags else ''
+      raise ValueError(f'--{flag.name} is required: {flag.help}.{other}')

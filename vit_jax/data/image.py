@@ -14,6 +14,7 @@ import functools
 import io
 import math
 import pathlib
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -32,6 +33,7 @@ TURNS = {  # {EXIF orientation: how the stored image becomes upright}
   2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
   6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # at half of its limit
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (image, (height, width)) -> image_HWC
@@ -116,6 +118,8 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:
       reason = format_of(encoded)  # Pillow's own message contains a memory address
+    if isinstance(error, Image.DecompressionBombError):
+      reason = f'more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make the image smaller'
     raise BadImage(f'{name}: not a readable image ({reason}).') from error
 
 
@@ -186,7 +190,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side; higher only if no other part would fit.
+    max_aspect: largest ratio of longer to shorter side, unless the image itself is too elongated.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -245,13 +249,8 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 
   OpenCV would fill the missing parts of an incomplete file with grey.
   """
-  return (
-    opened.format == 'JPEG'
-    and opened.mode == 'RGB'
-    and channels == 3
-    and encoded.endswith(b'\xff\xd9')
-    and orientation_of(opened) == 1
-  )
+  rgb = opened.format == 'JPEG' and opened.mode == 'RGB' and channels == 3
+  return rgb and encoded.endswith(b'\xff\xd9') and orientation_of(opened) == 1
 
 
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:

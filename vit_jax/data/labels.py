@@ -55,13 +55,13 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   rows, warnings = merged(file, start, read_rows(file))
   paths = locate(file, top, rows)
   class_names = tuple(sorted({label for row in rows for label in row.labels}))
+  label_N = as_array(file, rows, class_names)
   if len(class_names) < 2:
     raise ValueError(
       f"{file}: expected at least two classes in column 'label', found {len(class_names)}"
       f'{": " if class_names else ""}{", ".join(class_names)}. To recognise a single class, also '
       "list images that do not show it, with a label such as 'other'."
     )
-  label_N = as_array(file, rows, class_names)
   removed = {name.casefold() for name in (*SPLITS, *class_names)}
   texts = identities([row.path for row in rows], start, removed)
   hash_N = np.array([hash_name(text) for text in texts], np.uint64)

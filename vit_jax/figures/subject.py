@@ -44,7 +44,10 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   workdir, init = request.workdir, request.init
   lines = read_lines(workdir)
   if init and images is None:
-    raise ValueError('Weights of --init have no test images. Set --images=a.png,folder/.')
+    raise ValueError(
+      'Weights of --init have no test images. Set --images=a.png,folder/, or give the folder of a '
+      'run as --workdir.'
+    )
   files = None if images is None else find_images(images)
   asked = init or files or request.overrides or request.config or request.step
   if not asked and latest_step(workdir) is None:

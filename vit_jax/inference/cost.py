@@ -284,5 +284,6 @@ def plan_text(summary: Summary) -> list[str]:
     flops = f'{summary.run_flops / 1e15:.4g} PFLOPs in all'
     length = f'Steps: {steps:,} in {config.epochs:g} epochs, {flops}.'
     warmup = f'{summary.warmup:,} steps'
-  name = config.schedule.name
-  return [length, f'Learning rate: warm-up to {config.optimizer.lr:g} in {warmup}, then {name}.']
+  rate = f'{config.optimizer.lr:g}'
+  begin = f'warm-up to {rate} in {warmup}' if summary.warmup or not steps else f'{rate}, no warm-up'
+  return [length, f'Learning rate: {begin}, then {config.schedule.name}.']

@@ -27,6 +27,8 @@ from vit_jax.names import check_positive
 Size = tuple[int, int]
 Array = np.ndarray | jax.Array
 
+MOST_PATCHES = 2**16  # more would need too much time and memory
+
 
 def cut(image_BHWC: Array, patch_size: Size) -> Array:
   """Cuts images into h x w patches of p x q pixels: returns `[B, h, w, p, q, C]`.
@@ -190,6 +192,10 @@ class Packer:
     """
     check_padded(model)
     check_positive('max_patches', most)
+    if most > MOST_PATCHES:
+      raise ValueError(
+        f'max_patches={most}: expected at most {MOST_PATCHES:,}, e.g. 256x256 patches.'
+      )
     self.most, self.patch_size = most, model.patch_size
     self._model, self._lock, self._positions = model.bind({'params': params}), threading.Lock(), {}
 

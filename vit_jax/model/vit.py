@@ -54,8 +54,8 @@ class ViT(nn.Module):
       model checks that this grid equals `position_grid`, or the grid of the image if
       `position_grid` is None. None: unknown; the model checks only the number of patches.
     rope_theta: base of the rotary frequencies. A larger base makes the slowest rotation slower.
-    rope_grid: (down, across), the grid whose patches are the unit of coordinates if `position` is
-      `learned_rope`. None: the grid that the positions are made for.
+    rope_grid: (down, across), used only if `position` is `learned_rope`: coordinates are measured
+      in patches of this grid. None: the grid that the positions are made for.
     num_registers: number of registers, learned tokens between the class token and the patches
       (Darcet et al. 2023, 2309.16588).
     representation_size: width of the pre-logits layer, a linear layer with tanh before the head;
@@ -150,7 +150,7 @@ class ViT(nn.Module):
 
   @property
   def block(self) -> Block:
-    """The settings of the last block."""
+    """The settings of a block; earlier blocks than the last have a lower `stochastic_depth`."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)}
     return Block(**fields | {'head_dim': self.head_size})
 

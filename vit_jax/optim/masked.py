@@ -174,10 +174,11 @@ def check_decoder(exp, params: dict) -> None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
   p, q = exp.model.patch_size
   predicted = params[ENTRY]['pixels']['bias'].shape[0]
-  if p * q * exp.task.channels != predicted:
+  if (values := p * q * exp.task.channels) != predicted:
     raise ValueError(
-      f'model.patch_size={p}x{q}: the decoder predicts {predicted} values of each patch, so the '
-      'patch size of a masked autoencoder cannot be changed. Remove this key.'
+      f'model.patch_size={p}x{q}: a patch of this size has {values} values, but the decoder '
+      f'predicts {predicted}. The patch size of a masked autoencoder cannot be changed. Remove the '
+      'key.'
     )
 
 

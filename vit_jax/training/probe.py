@@ -61,7 +61,7 @@ class OnFeatures(Experiment):
     return head.apply({'params': params['head']}, batch['image'])
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
-    """Returns 1, because training only a head needs too little memory to split a batch."""
+    """Returns 1: training only a head needs so little memory that no batch is split."""
     return 1
 
 

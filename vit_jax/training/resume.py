@@ -81,8 +81,12 @@ def begin(
   return finished, saved, cycles
 
 
-def check_new(workdir: pathlib.Path) -> None:
-  """Raises ValueError if a new run would replace what a folder without checkpoints holds."""
+def check_new(workdir: pathlib.Path, init: str) -> None:
+  """Raises ValueError if a new run would replace what is in its workdir, or starts from itself."""
+  if init and os.path.realpath(init) == os.path.realpath(workdir):
+    raise ValueError(
+      f'--config.init={init} is the --workdir of this new run. Choose another --workdir or init.'
+    )
   checkpoints = workdir / 'checkpoints'
   config, result = (read_json(workdir / name) for name in ('config.json', 'result.json'))
   if os.path.islink(checkpoints) and not checkpoints.exists():
@@ -108,9 +112,9 @@ def check_new(workdir: pathlib.Path) -> None:
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
-  This check does not look at the data source. `opening.from_config` later rejects all runs of
-  version 0.1.0 on image folders, because version 0.1.0 divided image folders differently into
-  training and held-out files.
+  This check does not look at the data. `opening.from_config` later rejects all runs of version
+  0.1.0 on image folders, because version 0.1.0 divided image folders differently into training and
+  held-out files. `check_same_data` rejects runs whose images would have another size in memory.
 
   Args:
     item: JSON of the newest checkpoint (its item `config`). It has no key `version` if version
@@ -124,11 +128,16 @@ def check_rules(item: dict, workdir: pathlib.Path) -> None:
   }
   reasons = [reason for reason, depends in changed.items() if depends]
   if 'version' not in item and reasons:
-    raise ValueError(
-      f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. The run can be '
-      'evaluated and used, but not resumed. Start a new run in another --workdir. To start it from '
-      f'the weights of the old run, add --config.init={workdir}'
-    )
+    raise of_old_rules(workdir, reasons)
+
+
+def of_old_rules(workdir: pathlib.Path, reasons: list[str]) -> ValueError:
+  """Returns the error for a run of version 0.1.0 that this version would train differently."""
+  return ValueError(
+    f'{workdir} holds a run of version 0.1.0, in which {" and ".join(reasons)}. The run can be '
+    'evaluated and used, but not resumed. Start a new run in another --workdir. To start it from '
+    f'the weights of the old run, add --config.init={workdir}'
+  )
 
 
 def add_cycle(config: ConfigDict, item: dict, start: int, workdir: pathlib.Path) -> tuple[int, ...]:
@@ -174,7 +183,10 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
   step = latest_step(workdir)
   if step is None:
     return
-  saved = Task.load(restore_item(workdir, step, 'config')['task'])
+  item = restore_item(workdir, step, 'config')
+  saved = Task.load(item['task'])
+  if 'version' not in item and saved.stored_size != experiment.task.stored_size:
+    raise of_old_rules(workdir, ['small images in memory were enlarged in another way'])
   for field in dataclasses.fields(Task):
     before, now = getattr(saved, field.name), getattr(experiment.task, field.name)
     if before != now and '' not in (before, now):

@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict:
     if finished:
       return finished
     if saved is None:
-      from_first(lambda: check_new(workdir))
+      from_first(lambda: check_new(workdir, config.init))
     with keeping_lists(workdir / LISTS):
       exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
     mesh = experiment.mesh_for(exp.config)

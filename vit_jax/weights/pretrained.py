@@ -67,8 +67,8 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. An
-      npz file does not store this grid. If the argument is None, the file has positions for `grid`
-      if their number agrees, and otherwise for a square.
+      npz file does not store this grid. If the argument is None and the file stores no grid, the
+      positions are taken for those of `grid` if their numbers agree, otherwise for a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
