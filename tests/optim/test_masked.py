@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import init_params, run_model, small_config
 import vit_jax
+from vit_jax import cli
 from vit_jax.check import check
 from vit_jax.experiment import assemble
 from vit_jax.model.layers import Dropout
@@ -247,6 +248,19 @@ def test_the_decoder_has_its_own_sizes_and_the_functions_of_the_model():
   assert params['decoder']['embedding']['kernel'].shape == (16, 24)
   assert params['decoder']['pixels']['kernel'].shape == (24, 4 * 4 * 3)
   assert (block.activation, block.norm_epsilon, block.dtype) == ('silu', 1e-5, 'bfloat16')
+
+
+@pytest.mark.parametrize(
+  'variant, sizes', [('b16,cifar10', (512, 8, 16)), ('tiny,folder', (48, 2, 4))]
+)
+def test_the_config_has_the_decoder_and_the_settings_of_the_paper(variant, sizes):
+  config = cli.load_file(f'configs/mae.py:{variant}')
+  own = config.masked
+  assert (own.decoder_width, own.decoder_depth, own.decoder_heads) == sizes
+  assert (own.share, config.optimizer.b2, config.optimizer.weight_decay) == (0.75, 0.95, 0.05)
+  if variant.startswith('b16'):  # Section 4 and Table 8 of He et al. 2021
+    assert config.optimizer.lr == pytest.approx(1.5e-4 * 4096 / 256)
+    assert (config.batch_size, config.epochs, config.schedule.warmup) == (4096, 800, 40)
 
 
 @pytest.mark.parametrize('overrides, message', [
