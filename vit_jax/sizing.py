@@ -191,7 +191,7 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
   The image size is the largest size in `PATCHES` that is at most the median of the images' shorter
   sides. If the median is smaller than all sizes, the smallest size is used. If the dataset is not
   available, the largest size is used. If the config or the variant sets a patch size, the image
-  size is rounded down to a multiple of the patch size.
+  size is rounded down to a multiple of the patch size, or is one patch if that is larger.
 
   Args:
     config: config of a new run.

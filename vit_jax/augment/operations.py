@@ -103,7 +103,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns, for each pixel, the index of its grey level in a flat `[B, C, 256]` table."""
+  """Returns the index of the level of each pixel and channel in a flattened table `[B, C, 256]`."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC

@@ -140,12 +140,12 @@ def by_column(
 ) -> dict[str, Files]:
   """Divides the listed files into splits by the column `split`, and returns {split: files}.
 
-  `split_N` is the value of the column for each file. If the column has no name from `TEST_NAMES`,
-  the files are divided by position, as in `folder.open_folder`. If the column has names from
-  `TEST_NAMES`, but not `test`, the function appends a message to `warnings`.
+  `split_N` is the value of the column for each file. If no value is in `TEST_NAMES`, the files are
+  divided by position, as in `folder.open_folder`. If some values are in `TEST_NAMES`, but none is
+  `test`, the function appends a message to `warnings`.
 
   Raises:
-    ValueError: the column has names from `TEST_NAMES`, but no `train`.
+    ValueError: some values are in `TEST_NAMES`, but none is `train`.
   """
   arrays = listed.path_N, listed.label_N, listed.hash_N
   found = {name: Files(listed.top, *(a[split_N == name] for a in arrays)) for name in SPLITS}
@@ -187,7 +187,7 @@ def merged(
 ) -> tuple[list[Row], list[str]]:
   """Removes rows that repeat an earlier row; returns the other rows and a list of warnings.
 
-  If no row is removed, the list is empty. Two rows are for the same image even if one has the
+  If no row is removed, there are no warnings. Two rows are for the same image even if one has the
   image's relative path, and the other its absolute path.
 
   Raises:

@@ -239,7 +239,7 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing('with model.resnet, patches come from the feature map of a stem, not pixels.')
+    raise Missing('with model.resnet, patches are cut from the feature map of a stem, not images.')
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)

@@ -121,10 +121,10 @@ def over_devices(x_KMN: jax.Array, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
 
 
 def newton_schulz(x_MN: jax.Array, dtype: jnp.dtype, swap: Callable) -> jax.Array:
-  """Returns a nearly orthogonal matrix with the singular vectors of a wide matrix.
+  """Returns a nearly orthogonal matrix with the singular vectors of `x_MN`.
 
   Args:
-    x_MN: the matrix.
+    x_MN: a matrix with M <= N.
     dtype: type of the matrix products.
     swap: function that transposes a matrix.
   """

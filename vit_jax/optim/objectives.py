@@ -100,7 +100,7 @@ def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, ja
 
 
 def classified(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
-  """Returns `logits` `[B, L]` and label `loss` `[B]` for evaluation, without class weights."""
+  """Returns `logits` `[B, L]` and the unweighted `loss` `[B]` for the labels, for evaluation."""
   logits_BL = exp.logits(params, batch).astype(jnp.float32)
   return {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
 

@@ -73,8 +73,8 @@ class TextClasses:
     unknown = sorted(arrays.keys() - {*ARRAYS, 'logit_bias'})
     if missing or unknown:
       raise ValueError(
-        f'{origin}: expected the arrays {", ".join(ARRAYS)} and for SigLIP logit_bias. Missing: '
-        f'{", ".join(missing) or "none"}. Unknown: {abridged(unknown) or "none"}.'
+        f'{origin}: expected the arrays {", ".join(ARRAYS)} and, only for SigLIP, logit_bias. '
+        f'Missing: {", ".join(missing) or "none"}. Unknown: {abridged(unknown) or "none"}.'
       )
     names, embedding_LD = check_names(arrays['names'], origin), arrays['embeddings']
     if embedding_LD.ndim != 2 or embedding_LD.dtype.kind != 'f' or not embedding_LD.size:
