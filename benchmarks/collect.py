@@ -54,6 +54,12 @@ def circumstances() -> dict[str, str]:
   }
 
 
+def without_folders(source: str) -> str:
+  """Returns a `data.source` without the folders of this machine, e.g. `folder:cifar10`."""
+  kind, _, path = source.partition(':')
+  return f'{kind}:{pathlib.Path(path).name}' if kind in ('folder', 'images', 'labels') else source
+
+
 def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
   """Returns the results of the finished runs of one recipe, with their mean.
 
@@ -66,10 +72,7 @@ def summary(recipe: str, workdirs: list[pathlib.Path]) -> dict:
     if result is None:
       raise ValueError(f'{workdir}: no result.json, so the run is not finished.')
     data = result['config']['data']  # the result keeps no folders of this machine
-    kind, _, path = data['source'].partition(':')
-    if kind in ('folder', 'images', 'labels'):
-      data['source'] = f'{kind}:{pathlib.Path(path).name}'
-    data['dir'] = ''
+    data['source'], data['dir'] = without_folders(data['source']), ''
     if init := result['config']['init']:
       result['config']['init'] = pathlib.Path(init).name
     if teacher := result['config'].get('distill', {}).get('teacher'):

@@ -3,11 +3,12 @@
     python -m benchmarks.masked folder:cifar10 folder:tinyimagenet32 runs/masked
 
 All runs train the model `tiny`. `scratch` spends all compute on images with labels. The other
-rows spend half of it on a masked autoencoder (`configs/mae.py`), which sees all images of CIFAR-10
-or Tiny-ImageNet without labels, and the other half on fine-tuning with labels. Training with labels
-uses 1%, 10% or all of the training images of CIFAR-10, and always the recipe of
-`cifar10.py:tiny`. So the rows differ only in `init` and in the number of epochs, which follows from
-the compute. In addition, a linear classifier is trained on each pretrained model.
+rows spend half of it on a masked autoencoder (`configs/mae.py`), which sees all training images of
+CIFAR-10 or Tiny-ImageNet without labels, and the other half on fine-tuning with labels. Training
+with labels uses 1%, 10% or all of the training images of CIFAR-10, and always the recipe of
+`cifar10.py:tiny`. So rows with the same images differ only in `init` and in the number of epochs,
+which follows from the compute. In addition, a linear classifier is trained on each pretrained
+model.
 
 The results are written to `results/masked.json`. Repeating the command resumes an interrupted
 comparison. Flags `--config.<key>=<value>` apply to all runs.
@@ -57,7 +58,9 @@ def main(argv: list[str]) -> None:
     if not collect.train(config, overrides, workdir):
       raise SystemExit(f'{workdir}: the run failed. Fix the cause, then repeat the command.')
     found = writer.read_json(workdir / 'result.json')
-    shown = {k: pathlib.Path(v).name if '/' in v else v for k, v in overrides.items()}
+    shown = overrides | {'data.source': collect.without_folders(overrides['data.source'])}
+    shown |= {'init': pathlib.Path(overrides['init']).name} if 'init' in overrides else {}
+    shown.pop('data.dir', None)
     keys = ('test_accuracy', 'test_loss', 'examples', 'steps', 'seconds')
     result['rows'][name] = {
       'recipe': collect.command(config, shown),

@@ -274,4 +274,6 @@ def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(monke
   assert sources == {'mae_tinyimagenet'} and all(keys['ema'] == '0.5' for keys in given.values())
   saved = json.loads((tmp_path / 'masked.json').read_text())
   assert saved['rows'].keys() == given.keys() and len(given) == 13
+  recipe = saved['rows']['mae_tinyimagenet_10%']['recipe']
+  assert '--config.data.source=folder:c ' in recipe and '--config.init=mae_tinyimagenet ' in recipe
   assert saved['total_pflops'] == 20 and str(tmp_path) not in json.dumps(saved)

@@ -87,8 +87,8 @@ TRAINING = {
     range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
-    2, 'number of newest checkpoints to keep; the best checkpoint on data.val_split is also kept',
-    range=COUNT, may_change=True,
+    2, 'number of newest checkpoints to keep; the best checkpoint on data.val_split is also kept, '
+    'and the last one before the run got more epochs', range=COUNT, may_change=True,
   ),
   'init': Key(
     '', 'weights to start from: a file, folder, workdir or Hugging Face Hub name, as in '

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 # Config keys that only training reads, or prefixes of these keys.
 TRAINING_KEYS = (
-  'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
+  'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'deterministic', 'freeze', 'adapt', 'lora.', 'classifier',
   'sweep', 'ema', 'progressive.', 'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.',
   'recipe.', 'distill.',

@@ -171,7 +171,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
       yield partial
       upload([partial], path.parent)
     return
-  # Each process has its own temporary file, because two may write at once, e.g. evaluate a workdir.
+  # Two commands may write the same file at once, e.g. if both evaluate a workdir.
   partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
   with writing(path):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ def test_weights_in_init_need_a_dataset(capsys, trained, flags):
 def test_a_folder_in_the_place_of_a_file_is_named(capsys, tmp_path):
   (tmp_path / 'log.txt').mkdir()
   message = error(capsys, '--config=configs/digits.py', f'--workdir={tmp_path}')
-  assert f'{tmp_path}/log.txt is a folder, but must be a file. Rename' in message
+  assert f'{tmp_path}/log.txt is a folder, but must be a file. Give' in message
 
 
 def test_a_run_that_starts_from_its_own_workdir_is_refused(capsys, tmp_path):
@@ -108,6 +108,9 @@ def test_a_run_that_starts_from_its_own_workdir_is_refused(capsys, tmp_path):
   flags = [f'--workdir={own}', f'--config.init={own}', '--config=configs/digits.py']
   assert 'is the --workdir of this new run' in error(capsys, *flags)
   assert not own.exists()
+  own.mkdir()
+  (own / 'model.npz').touch()
+  assert 'model.npz' in error(capsys, *flags)  # a folder with weights may become a workdir
 
 
 def test_other_initial_weights_for_a_finished_run_are_refused(capsys, trained):

@@ -612,6 +612,16 @@ def test_image_with_too_many_pixels_is_not_decoded(monkeypatch):
     image_lib.decode_image(encoded.getvalue(), 'a.png')
 
 
+def test_large_images_are_decoded_without_a_warning(tmp_path):
+  Image.new('1', (30, 20)).save(tmp_path / 'a.png')
+  program = 'import pathlib, sys; from PIL import Image; from vit_jax.data import decode_image; '
+  program += 'Image.MAX_IMAGE_PIXELS = 599; '
+  program += 'print(decode_image(pathlib.Path(sys.argv[1]).read_bytes(), "a").size)'
+  command = [sys.executable, '-c', program, tmp_path / 'a.png']
+  ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+  assert (ended.stdout, ended.stderr) == ('(30, 20)\n', '')
+
+
 @pytest.mark.parametrize('encoded, kind', [
     (b'GIF89a', 'GIF'), (b'II*\0', 'TIFF'), (b'MM\0*', 'TIFF'), (b'\0\0\0\x18ftypheic', 'HEIC'),
 ])  # fmt: skip

@@ -230,6 +230,9 @@ def test_without_data_epochs_replace_the_steps(tmp_path):
   assert 'Learning rate: warm-up to 0.01 in 2.5 epochs, then cosine.' in text
   text = cost.as_text(summarize(**missing, **{'schedule.warmup': '9'}))
   assert 'warm-up to 0.01 in 4 epochs' in text  # a fifth of the run
+  for overrides in (missing, {'data.source': 'synthetic'}):
+    text = cost.as_text(summarize(**overrides, **{'schedule.warmup': '0'}))
+    assert 'Learning rate: 0.01, no warm-up, then cosine.' in text
 
 
 @pytest.mark.parametrize('name', ['hf_backbone', 'hf_clip', 'hf_siglip'])

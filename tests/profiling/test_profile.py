@@ -183,6 +183,6 @@ def contents(folder):
 def test_a_frozen_backbone_is_refused(tmp_path):
   config = small_config()
   config.freeze = 'backbone'
-  with pytest.raises(ValueError, match='--config.freeze= to profile the whole model'):
+  with pytest.raises(ValueError, match='To profile the model, add --config.freeze='):
     profile(config, tmp_path)
   assert not any(tmp_path.iterdir())

@@ -252,11 +252,11 @@ def test_finished_run_with_a_damaged_last_checkpoint_resumes(trained, tmp_path):
   assert_same_end(workdir, trained)
 
 
-def save_rated(workdir, keep, accuracies, start=0):
+def save_rated(workdir, keep, accuracies, start=0, finished=()):
   """Saves a checkpoint for each accuracy, and rates it if the accuracy is not None."""
   blank = state.TrainState(jnp.int32(0), {'w': jnp.zeros(3)}, {'mu': jnp.zeros(3)}, None)
   saved = {'config': {'ema': 0}, 'task': {}, 'seconds': 0, 'names': trained.TrainingFiles().item()}
-  with checkpoint.Checkpoints(workdir, keep) as checkpoints:
+  with checkpoint.Checkpoints(workdir, keep, finished) as checkpoints:
     for step, accuracy in enumerate(accuracies, start + 1):
       checkpoints.save(blank.replace(step=jnp.int32(step)), saved)
       if accuracy is not None:
@@ -271,6 +271,13 @@ def test_best_checkpoint_is_kept_after_resuming(tmp_path):
   assert stored.saved_steps(tmp_path) == [4, 3]
   save_rated(tmp_path, 1, [0.6, None, 0.3], start=4)
   assert stored.saved_steps(tmp_path) == [7, 3]
+
+
+def test_the_ends_of_earlier_cycles_are_kept(tmp_path):
+  save_rated(tmp_path, 1, [None, None])
+  save_rated(tmp_path, 1, [None, None], start=2, finished=(2,))
+  save_rated(tmp_path, 1, [None, None], start=4, finished=(2, 4))
+  assert stored.saved_steps(tmp_path) == [6, 4, 2]
 
 
 def test_a_line_without_a_score_does_not_hide_the_accuracies(trained, tmp_path):

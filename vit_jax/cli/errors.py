@@ -24,7 +24,7 @@ def describe(error: Exception) -> str:
       'path, or choose another path.'
     )
   if isinstance(error, IsADirectoryError) and error.filename:
-    return f'{error.filename} is a folder, but must be a file. Rename or remove the folder.'
+    return f'{error.filename} is a folder, but must be a file. Give a file, or rename the folder.'
   if is_from_bucket(error):
     return f'A request to a bucket failed: {why_refused(error)} Repeat the command later.'
   flag = re.search(r'JAX flag (jax_\w+)', str(error))

@@ -33,7 +33,7 @@ TURNS = {  # {EXIF orientation: how the stored image becomes upright}
   2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
   6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # at half of its limit
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning, append=True)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Fit = Callable[[Image.Image, tuple[int, int]], np.ndarray]  # (image, (height, width)) -> image_HWC
@@ -119,7 +119,7 @@ def refused(encoded: bytes, name: object) -> Iterator[None]:
     if isinstance(error, UnidentifiedImageError) and encoded:
       reason = format_of(encoded)  # Pillow's own message contains a memory address
     if isinstance(error, Image.DecompressionBombError):
-      reason = f'more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: make the image smaller'
+      reason = f'more than {int(2 * Image.MAX_IMAGE_PIXELS):,} pixels: make the image smaller'
     raise BadImage(f'{name}: not a readable image ({reason}).') from error
 
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 def check_data_given(request: Request) -> None:
   """Raises ValueError if a request for weights in `init` does not name the dataset."""
-  if request.init and not request.config and 'data.source' not in request.overrides:
+  if request.init and 'data.source' not in request.overrides:
     raise ValueError(
       f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
       'folder:photos. To use a run with its own dataset, give its folder as --workdir.'
@@ -59,7 +59,8 @@ def open_data(experiment: Experiment) -> Source:
       f'{len(task.class_names)} classes ({given}). '
       f'{difference(source.class_names, task.class_names)}. '
       'Use a dataset with the classes of the model, in the same order. To measure how well the '
-      'features separate other classes, use --mode=fewshot with --init=<workdir>, not --workdir.'
+      'features separate other classes, use --mode=fewshot with --config.data.source and '
+      '--init=<workdir>, not --workdir.'
     )
   if source.channels != task.channels:
     raise ValueError(

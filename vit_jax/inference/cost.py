@@ -279,11 +279,11 @@ def plan_text(summary: Summary) -> list[str]:
   config, steps = summary.exp.config, summary.steps
   if steps is None:
     length = f'Steps: unknown without the data; the run has {config.epochs:g} epochs.'
-    warmup = f'{warmup_epochs(config):g} epochs'
+    warmup, unit = warmup_epochs(config), 'epochs'
   else:
     flops = f'{summary.run_flops / 1e15:.4g} PFLOPs in all'
     length = f'Steps: {steps:,} in {config.epochs:g} epochs, {flops}.'
-    warmup = f'{summary.warmup:,} steps'
+    warmup, unit = summary.warmup, 'steps'
   rate = f'{config.optimizer.lr:g}'
-  begin = f'warm-up to {rate} in {warmup}' if summary.warmup or not steps else f'{rate}, no warm-up'
+  begin = f'warm-up to {rate} in {warmup:,g} {unit}' if warmup else f'{rate}, no warm-up'
   return [length, f'Learning rate: {begin}, then {config.schedule.name}.']

@@ -169,8 +169,7 @@ def sweep(
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after the last step of this head's run
         raise Preempted(
-          f'The sweep was asked to stop. It stopped after the head for learning rate {rate:g}, '
-          'which is saved.'
+          f'The sweep was asked to stop, and stopped after the head for learning rate {rate:g}.'
         )
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(

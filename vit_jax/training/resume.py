@@ -83,7 +83,8 @@ def begin(
 
 def check_new(workdir: pathlib.Path, init: str) -> None:
   """Raises ValueError if a new run would replace what is in its workdir, or starts from itself."""
-  if init and os.path.realpath(init) == os.path.realpath(workdir):
+  own = os.path.realpath(os.path.expanduser(init)) == os.path.realpath(workdir)
+  if init and own and os.listdir(workdir) == ['log.txt']:  # the log of this command; no weights
     raise ValueError(
       f'--config.init={init} is the --workdir of this new run. Choose another --workdir or init.'
     )
@@ -185,18 +186,19 @@ def check_same_data(experiment: Experiment, workdir: pathlib.Path) -> None:
     return
   item = restore_item(workdir, step, 'config')
   saved = Task.load(item['task'])
-  if 'version' not in item and saved.stored_size != experiment.task.stored_size:
+  names = [field.name for field in dataclasses.fields(Task)]
+  values = {name: (getattr(saved, name), getattr(experiment.task, name)) for name in names}
+  changed = {name: pair for name, pair in values.items() if pair[0] != pair[1] and '' not in pair}
+  if changed.keys() == {'stored_size'} and 'version' not in item:
     raise of_old_rules(workdir, ['small images in memory were enlarged in another way'])
-  for field in dataclasses.fields(Task):
-    before, now = getattr(saved, field.name), getattr(experiment.task, field.name)
-    if before != now and '' not in (before, now):
-      change = f'{field.name} was {before}, is {now}'
-      if field.name == 'fingerprint':
-        change = 'the number of training files is the same, but their names or classes changed'
-      raise ValueError(
-        f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
-        f'({change}). Restore the data, or use another --workdir.'
-      )
+  for name, (before, now) in changed.items():
+    change = f'{name} was {before}, is {now}'
+    if name == 'fingerprint':
+      change = 'the number of training files is the same, but their names or classes changed'
+    raise ValueError(
+      f'{workdir}: the data of {experiment.config.data.source} changed since this run began '
+      f'({change}). Restore the data, or use another --workdir.'
+    )
 
 
 def check_same_teacher(experiment: Experiment, workdir: pathlib.Path) -> None:

@@ -83,7 +83,7 @@ def attempt(
     intact(workdir),
     Preemption() as preemption,  # also active while records and checkpoints are closed
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
-    Checkpoints(workdir, config.keep_checkpoints, training.cycles[-1:]) as checkpoints,
+    Checkpoints(workdir, config.keep_checkpoints, training.cycles) as checkpoints,
   ):
     forget_calibrations(workdir, start or 0)
     if saved and saved['config']['data']['eval_split'] != config.data.eval_split:
