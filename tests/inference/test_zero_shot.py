@@ -100,7 +100,8 @@ def test_a_classifier_that_was_trained_from_timms_clip_keeps_its_head(timm_clip)
 def test_timms_clip_does_not_classify_without_classes(timm_clip, capsys, tmp_path):
   init = f'--init={timm_clip}'
   Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
-  modes = [('--mode=predict', f'--images={tmp_path}'), ('--mode=eval',)]
+  modes = [('--mode=predict', f'--images={tmp_path}')]
+  modes += [('--mode=eval', '--config.data.source=synthetic')]
   modes += [('--mode=serve',)] if importlib.util.find_spec('gradio') else []
   for argv in modes:
     text = error(capsys, *argv, init)
