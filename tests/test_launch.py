@@ -31,6 +31,8 @@ def put(folder, name, script):
 def run(*command, cwd=ROOT, **variables):
   """Runs a command with `variables` in its environment, without pauses between two tries."""
   env = os.environ | {'PAUSE': '0'} | {key: str(value) for key, value in variables.items()}
+  if 'PYTHON' not in variables:
+    env.pop('PYTHON', None)  # `make PYTHON=... test` sets this variable, which the scripts read
   return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
