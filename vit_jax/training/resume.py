@@ -84,7 +84,7 @@ def begin(
 def check_new(workdir: pathlib.Path, init: str) -> None:
   """Raises ValueError if a new run would replace what is in its workdir, or starts from itself."""
   own = os.path.realpath(os.path.expanduser(init)) == os.path.realpath(workdir)
-  if init and own and os.listdir(workdir) == ['log.txt']:  # the log of this command; no weights
+  if init and own and [path.name for path in workdir.iterdir()] == ['log.txt']:  # no weights
     raise ValueError(
       f'--config.init={init} is the --workdir of this new run. Choose another --workdir or init.'
     )
