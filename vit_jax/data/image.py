@@ -33,6 +33,7 @@ TURNS = {  # {EXIF orientation: how the stored image becomes upright}
   2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
   6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
+# Pillow warns of images that have more than half of the pixels at which it refuses an image.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning, append=True)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels

@@ -150,7 +150,7 @@ class ViT(nn.Module):
 
   @property
   def block(self) -> Block:
-    """The settings of a block; earlier blocks than the last have a lower `stochastic_depth`."""
+    """The settings of the last block; earlier blocks have a lower `stochastic_depth`."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Block)}
     return Block(**fields | {'head_dim': self.head_size})
 
