@@ -76,13 +76,13 @@ def main(argv: list[str]) -> None:
       'mae_tinyimagenet', MASKED, cifar10 | {'data.source': args.tinyimagenet}, 0.5
     ),
   }
-  for name, init in pretrained.items():
-    run(f'{name}_probe', PROBE, cifar10 | {'init': init})
   for label, split in LABELLED.items():
     part = cifar10 | {'data.train_split': split}
     run(f'scratch_{label}', TINY, part, 1.0)
     for name, init in pretrained.items():
       run(f'{name}_{label}', TINY, part | {'init': init}, 0.5)
+  for name, init in pretrained.items():
+    run(f'{name}_probe', PROBE, cifar10 | {'init': init})
   for name, row in result['rows'].items():
     print(name, f'{row.get("test_accuracy", float("nan")):.2%}', row['recipe'])
 

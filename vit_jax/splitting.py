@@ -27,7 +27,7 @@ from vit_jax.experiment import Experiment, assemble
 from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import objective_of
 from vit_jax.sizing import image_size
-from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained, warn_of_trained
+from vit_jax.workdir import Task, TrainingFiles, check_untrained, leave_out_trained, open_validation
 
 log = logging.getLogger(__name__)
 
@@ -61,27 +61,23 @@ def open_splits(
   """Opens the training, validation and test splits; None instead of a missing validation split.
 
   `seen` lists the files on which the weights were trained. These files are removed from the
-  validation and test splits. There is one exception: in a run with a learning-rate sweep, only the
-  files on which the `init` weights or the teacher were trained are removed from the validation
-  split. The run's own training files stay, because its final run trains on this split too.
+  validation and test splits, with two exceptions. In a run with a learning-rate sweep, the run's
+  own training files stay in the validation split, because its final run trains on this split too.
+  And `workdir.open_validation` keeps the files if no others are left.
 
   Raises:
-    ValueError: the weights were trained on the whole validation split or the whole test split. Or
-      the data has no files, and the weights were trained on a part of the test split.
+    ValueError: the weights were trained on the whole test split, or the run trains on the whole
+      validation split. Or the data has no files, and the weights were trained on a part of the test
+      split.
   """
   data, size = experiment.config.data, experiment.task.stored_size
-
-  def read(split, seen):
-    unseen, _ = leave_out_trained(source, split, seen)
-    return open_split(experiment.reading, unseen, split, size)
-
-  train = open_split(experiment.reading, source, data.train_split, size, to_train=True)
-  val = None
+  read = functools.partial(open_split, experiment.reading, size=size)
+  train, val = read(source, data.train_split, to_train=True), None
   if data.val_split:
-    warn_of_trained(source, data.val_split, seen)
-    val = read(data.val_split, seen.before() if experiment.config.sweep else seen)
+    known = seen.before() if experiment.config.sweep else seen
+    val = read(open_validation(source, data.val_split, known), data.val_split)
   check_untrained(source, data.eval_split, seen)
-  test = read(data.eval_split, seen)
+  test = read(leave_out_trained(source, data.eval_split, seen)[0], data.eval_split)
   for name, examples in (('train', train), ('val', val), ('test', test)):
     report_split(name, examples)
   return train, val, test

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import small_config
 from vit_jax import cli, evaluation, opening
 from vit_jax.data import folder as folder_lib
-from vit_jax.data import sources
+from vit_jax.data import num_examples, sources
 from vit_jax.evaluation import data, exact, few_shot
 from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
@@ -136,15 +136,38 @@ def test_validation_on_training_examples_of_init_is_reported(monkeypatch, caplog
   names = trained.TrainingFiles(own_splits=(('synthetic', known),) if known else ())
   monkeypatch.setattr(opening.inherit, 'open_teacher', lambda config, source: (None, names))
   exp, _ = opening.from_config(small_config(**parts, **head))
-  message = f"data.val_split='train[50%:]' shares examples with '{known}' of synthetic, on which"
+  message = f"some or all of these examples ('{known}' of synthetic)"
   assert (message in caplog.text) == (known == 'train[60%:70%]')
-  assert ('shares examples' in caplog.text) == (known == 'train[60%:70%]')
+  assert ('data.val_split=' in caplog.text) == (known == 'train[60%:70%]')
 
   caplog.clear()
   saved = {'config': {'data': exp.config.data.to_dict(), 'sweep': ()}}
   monkeypatch.setattr(data, 'restore_item', lambda *_: saved)
   assert data.load_validation(exp, None, 1) is not None
   assert (message in caplog.text) == (known == 'train[60%:70%]')
+
+
+@pytest.mark.parametrize('sweep', [(), ('0.1',)])
+@pytest.mark.parametrize('known, kept', [('train[70%:]', '70%:'), ('train[90%:]', '70%:90%')])
+def test_validation_keeps_its_files_only_if_init_knows_all_of_them(
+  monkeypatch, tmp_path, caplog, sweep, known, kept
+):
+  for name in CLASSES:
+    make_images(tmp_path / 'train' / name, [f'{name}{i}' for i in range(30)])
+    make_images(tmp_path / 'test' / name, [f'new_{name}{i}' for i in range(5)])
+  source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+  names = trained.hash_training_files(source, [known], trained.TrainingFiles())
+  monkeypatch.setattr(opening.inherit, 'open_teacher', lambda config, source: (None, names))
+  parts = {'data.train_split': 'train[:70%]', 'data.val_split': 'train[70%:]'}
+  head = {'freeze': 'backbone', 'sweep': sweep[0]} if sweep else {}
+  training = opening.from_config(config_of(tmp_path, **parts, **head))[1]
+  assert len(training.val) == num_examples(source.pieces(f'train[{kept}]'))
+  assert len(training.test) == 10
+  message = f"some or all of these examples ('train[70%:]' of folder:{tmp_path})"
+  assert (message in caplog.text) == (known == 'train[70%:]')
+  parts = {'data.train_split': 'train[:70%]', 'data.eval_split': known}
+  with pytest.raises(ValueError, match='were trained on all'):  # test files are never kept
+    opening.from_config(config_of(tmp_path, **parts))
 
 
 def test_splits_are_inherited_over_any_number_of_runs():

@@ -23,8 +23,8 @@ from vit_jax.workdir import (
   TrainingFiles,
   check_untrained,
   leave_out_trained,
+  open_validation,
   restore_item,
-  warn_of_trained,
 )
 
 log = logging.getLogger(__name__)
@@ -163,6 +163,4 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   if not (same and data.val_split) or saved.sweep or names is None:
     return None
   source = open_data(experiment)
-  warn_of_trained(source, data.val_split, names)
-  source, _ = leave_out_trained(source, data.val_split, names)
-  return load_split(experiment, data.val_split, source)
+  return load_split(experiment, data.val_split, open_validation(source, data.val_split, names))

@@ -1,6 +1,6 @@
 """Reads and writes the files that a run keeps on disk."""
 
-from vit_jax.workdir.audit import check_untrained, report_mistakes, warn_of_trained
+from vit_jax.workdir.audit import check_untrained, open_validation, report_mistakes
 from vit_jax.workdir.calibration import Calibration, forget_calibrations, save_calibration
 from vit_jax.workdir.checkpoint import Checkpoints, intact
 from vit_jax.workdir.items import digest
@@ -43,6 +43,7 @@ __all__ = [
   'leave_out_trained',
   'load_checkpoint',
   'newest_config',
+  'open_validation',
   'read_json',
   'read_metrics',
   'report_mistakes',
@@ -53,6 +54,5 @@ __all__ = [
   'saved_steps',
   'set_aside_damaged',
   'training_files_of',
-  'warn_of_trained',
   'write_json',
 ]

@@ -29,10 +29,10 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data import Source, count_labels, open_header, overlap
+from vit_jax.data import Source, count_labels, num_examples, open_header, overlap
 from vit_jax.distributed import is_first
 from vit_jax.names import abridged
-from vit_jax.workdir.trained import TrainingFiles
+from vit_jax.workdir.trained import TrainingFiles, leave_out_trained, without_trained
 
 log = logging.getLogger(__name__)
 
@@ -217,23 +217,37 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
     )
 
 
-def warn_of_trained(source: Source, split: str, names: TrainingFiles) -> None:
-  """Logs a warning if the validation split overlaps a split that earlier weights were trained on.
+def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
+  """Returns the data set of a validation split without files that the weights were trained on.
 
-  The earlier weights are those of `init` and of the teacher. The run is not refused, because its
-  test is still valid.
+  A run can start from weights, or learn from a teacher, that were trained on the whole validation
+  split, e.g. without labels. Then these files stay. They also stay in data sets without files. In
+  both cases, a warning is logged. The run is not refused, because its test is still valid.
+
+  Args:
+    source: dataset of the run.
+    split: the validation split, in TFDS notation.
+    names: training files and splits of the weights.
+
+  Raises:
+    ValueError: the run itself trains on all files of the split.
   """
-  if trained_on := overlapping(source, split, names.inherited_splits):
+  known = overlapping(source, split, names.inherited_splits)
+  if source.files and not num_examples(without_trained(source, split, names).pieces(split)):
+    known, names = split, names.own()
+  source, _ = leave_out_trained(source, split, names)
+  if known:
     log.warning(
-      'data.val_split=%r shares examples with %r of %s, on which the weights of init or the '
-      'teacher were trained. So the validation accuracy is too high. What is chosen by validation '
-      'can be wrong: the best checkpoint, the learning rate of a sweep, and the temperature. '
-      'Choose a data.val_split without these examples. If there is none, first train these weights '
-      'again, with the data.train_split of this run.',
+      'data.val_split=%r: the weights of init or the teacher were trained on some or all of these '
+      'examples (%r of %s). So the validation accuracy can be too high. What is chosen by '
+      'validation can be wrong: the best checkpoint, the learning rate of a sweep, and the '
+      'temperature. Choose a data.val_split without these examples. If there is none, first train '
+      'these weights again, with the data.train_split of this run.',
       split,
-      trained_on,
+      known,
       source.spec,
     )
+  return source
 
 
 def overlapping(source: Source, split: str, others: Sequence[tuple[str, str]]) -> str:

@@ -86,6 +86,10 @@ class TrainingFiles:
     """Own and inherited splits, without duplicates."""
     return tuple(dict.fromkeys(self.own_splits + self.inherited_splits))
 
+  def own(self) -> 'TrainingFiles':
+    """Returns a copy with only the files and splits of the run itself."""
+    return dataclasses.replace(self, inherited_N=NONE, inherited_splits=())
+
   def before(self) -> 'TrainingFiles':
     """Returns a copy with only the inherited files and splits, without those of the run itself."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
@@ -228,6 +232,13 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
   return found_N
 
 
+def without_trained(source: Source, split: str, names: TrainingFiles) -> Source:
+  """Returns the data set without those files of a split that the weights were trained on."""
+  inside = {name for name, _, _ in source.pieces(split)} & set(source.files)
+  masks = {name: known(source.files[name], names) for name in inside}
+  return dataclasses.replace(source, left_out=masks)
+
+
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
   """Returns the data set of a test without the files that the weights were trained on.
 
@@ -242,11 +253,8 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   Raises:
     ValueError: the weights were trained on all files of the split.
   """
-  pieces = source.pieces(split)
-  inside = {name for name, _, _ in pieces} & set(source.files)
-  masks = {name: known(source.files[name], names) for name in inside}
-  source = dataclasses.replace(source, left_out=masks)
-  before = num_examples(pieces)
+  before = num_examples(source.pieces(split))
+  source = without_trained(source, split, names)
   number = before - num_examples(source.pieces(split))
   if number == before:
     raise ValueError(
