@@ -12,12 +12,12 @@
 | `b16`, `l16` | 224 | made for a GPU | not measured yet |
 
 The accuracy is measured on the test images. In a shorter run, with 20 epochs and without
-RandAugment, `tiny` reaches 80.0% in 9 minutes. The times of `coffee` and `laptop` need a CPU with
-AMX, JAX 0.12 and `--config.model.dtype=bfloat16`. In float32, a step of `coffee` takes about 1.3
-times as long, and a step of `laptop` 1.5 times. `small`, `wide` and `deep` follow published recipes
-for models of their size.
+RandAugment, `tiny` reaches 80.0% in 9 minutes. The times of `coffee` and `laptop` were measured
+with `--config.model.dtype=bfloat16`, JAX 0.12 and a CPU with AMX. In float32, a step of `coffee`
+takes about 1.3 times as long, and a step of `laptop` 1.5 times. `small`, `wide` and `deep` follow
+published recipes for models of their size.
 
-Each variant has a fixed number of epochs, so the minutes depend on the processor. The machines and
+The times depend on the processor, because the number of epochs is fixed. The machines and
 the experiments are described in results/README.md and results/notes.md.
 """
 

@@ -17,10 +17,11 @@ The default recipe, `sgd`, comes from the ViT paper (2010.11929, Table 4 and B.1
   * if the weights and the data have different classes, a new head that starts at zero;
   * 10,000 steps on CIFAR, 20,000 on ImageNet.
 
-Its authors chose the learning rate from {0.001, 0.003, 0.01, 0.03} for CIFAR and from
+The paper's authors chose the learning rate from {0.001, 0.003, 0.01, 0.03} for CIFAR and from
 {0.003, 0.01, 0.03, 0.06} for ImageNet. They measured the accuracy with each rate on a held-out part
 of the training split (2% for CIFAR, 1% for ImageNet). The final run used the whole training split.
-These flags hold out 2% of CIFAR, and measure the accuracy with the learning rate 0.01:
+With these flags, a run holds out 2% of CIFAR, and measures the accuracy with the learning rate
+0.01:
 
     --config.data.train_split='train[:98%]' --config.data.val_split='train[98%:]' \\
         --config.optimizer.lr=0.01
@@ -28,11 +29,11 @@ These flags hold out 2% of CIFAR, and measure the accuracy with the learning rat
 The recipe `adamw` uses AdamW with the settings of MAE (2111.06377, Table 9): layer-wise
 learning-rate decay 0.75, weight decay 0.05, label smoothing 0.1 and stochastic depth 0.1. Unlike
 MAE, it uses no RandAugment, mixup or cutmix. Batch size, steps, warm-up, gradient clipping, crops
-and image size are those of `sgd`.
+and image size are the same as in `sgd`.
 
 The recipe `lora` freezes the weights of the backbone. It trains the head and a low-rank update of
 each kernel in attention and MLP, with rank 8 (Hu et al. 2021, 2106.09685). We tried it with `tiny`
-and one seed: weights trained on Tiny-ImageNet were fine-tuned on 1,630 CIFAR-10 images, for 611
+and one seed. Weights trained on Tiny-ImageNet were fine-tuned on 1,630 CIFAR-10 images, for 611
 steps with a batch size of 32. On 370 held-out images, the accuracy was 58.9% with a learning rate
 of 0.001, 58.4% with 0.003, and 61.1% with 0.01. The recipe `adamw`, with a learning rate of 0.001,
 reached 59.2%. The uncertainty is larger than these differences.
@@ -71,8 +72,8 @@ BATCH_SIZE = 512
 def follow_data(config):
   """Sets batch size, epochs, warm-up, learning rate and checkpoint interval to None.
 
-  A new run then computes these values from its number of images and from the keys `recipe.*`, which
-  keep the recipe's own values.
+  The recipe's original values are stored in the keys `recipe.*`. A new run then computes its own
+  values from its number of images and from these keys.
   """
   for key in ('batch_size', 'epochs'):
     config.recipe[key], config[key] = config[key], None

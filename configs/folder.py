@@ -17,7 +17,7 @@ def get_config(variant='small'):
   config.data.source = 'folder:'
   config.data.mean = config.data.std = None  # taken from `init`, else 0.5
   config.data.cache = 'auto'
-  config.progressive.sizes, config.progressive.until = (), ()  # `coffee` sets them for 32 pixels
+  config.progressive.sizes, config.progressive.until = (), ()  # `coffee` and `laptop` set both
   if variant not in ('b16', 'l16'):
     config.data.image_size = None  # 32 to 224 pixels, with patches of 4 to 16
   finetune.follow_data(config)

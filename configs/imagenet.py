@@ -21,8 +21,8 @@ at 384 pixels (as in `configs/finetune.py`). The recipes come from these papers:
 | `i21k` | | Dosovitskiy et al. 2020, 2010.11929 | Table 3, 'ImageNet-21k' |
 | `light1` to `strong2` | | Steiner et al. 2021 (AugReg), 2106.10270 | Section 3 and its code |
 
-AugReg's code uses one of the last six recipes for each model: `medium2` for S/16, B/32, B/16 and
-L/16, `light2` for S/32, and `light1` for Ti/16.
+For each model, AugReg's code uses one of the recipes `light1` to `strong2`: `medium2` for S/16,
+B/32, B/16 and L/16, `light2` for S/32, and `light1` for Ti/16.
 
 Choices of this project, where the papers and their code differ or leave a choice:
   * All recipes hold out the last 1% of the training split, to choose the best checkpoint.
@@ -30,10 +30,11 @@ Choices of this project, where the papers and their code differ or leave a choic
   * The mixup weight is drawn for each image, not once per batch.
   * Images are resized with bilinear interpolation.
   * `i21k` uses one class per image and a softmax loss. It needs a folder with
-    `<path>/train/<class>/*` and `<path>/test/<class>/*`. The warm-up is set in epochs, so that
-    it has 10,000 steps for 14.2 million training images, and more steps for more images.
+    `<path>/train/<class>/*` and `<path>/test/<class>/*`. The warm-up is set in epochs: it has
+    10,000 steps for 14.2 million images in `train/`, and more steps for more images.
 
-A batch size of 4,096 needs several accelerators or `--config.micro_batches`.
+If a batch of 4,096 images does not fit into memory, each device splits its part of the batch into
+micro-batches (`--config.micro_batches`).
 """
 
 import functools
@@ -75,7 +76,7 @@ def i21k(config):
 
 def augreg(config, layers, magnitude, mixup):
   config.optimizer.lr = 1e-3
-  config.optimizer.weight_decay = 0.1  # times lr; AugReg's code sets the product, 1e-4
+  config.optimizer.weight_decay = 0.1  # multiplied by lr; AugReg's code sets the product, 1e-4
   config.optimizer.moment_dtype = 'bfloat16'
   config.augment.rand_augment.num_layers = layers
   config.augment.rand_augment.magnitude = magnitude

@@ -7,8 +7,9 @@ We have measured only `tiny,folder`, with a backbone trained on Tiny-ImageNet. A
 training the head on CIFAR-10, the test accuracy was 62.2% (results/transfer.json).
 
 For each learning rate in the config key `sweep`, a run trains a head on the first 98% of the
-training split and measures its accuracy on the last 2%. For `folder`, it uses 90% and 10% instead.
-The final run trains a head on the whole training split, with the best learning rate. Images are not
+training split. It measures the head's accuracy on the last 2%. For `folder`, the accuracy is
+measured on the data's own validation split or, without one, on 10% of the training images. The
+final run trains a head on all images of both parts, with the best learning rate. Images are not
 augmented, so the backbone processes each image only once, at 224 pixels (32 for `tiny` and
 `small`). The optimizer is SGD without weight decay. The learning rates are a choice of this
 project, not of a paper.
@@ -36,5 +37,5 @@ def get_config(variant='b16,cifar10'):
   config.augment.flip.probability = 0.0
   config.augment.pad_crop.padding = 0
   config.augment.resized_crop.min_area = 1.0
-  config.optimizer.lr = 0.1  # used without a sweep
+  config.optimizer.lr = 0.1  # used only if `sweep` is empty
   return config

@@ -22,7 +22,8 @@ Choices of this project, not of the paper:
   * average pooling of the patch tokens; the paper finds it as good as a class token (Appendix A.1);
   * patches of 14 pixels for `h14`; bfloat16 for the models at 224 pixels;
   * the whole recipe of `tiny` and `small`, including their decoder of 2 blocks;
-  * for `folder`, a new run chooses batch size and epochs from the number of images.
+  * for `folder`, a new run chooses batch size, epochs, warm-up and learning rate, as in
+    `finetune.py`.
 """
 
 from configs import cifar10, finetune
@@ -75,12 +76,12 @@ def get_config(variant='tiny,cifar10'):
     config.schedule.warmup = 40.0
     config.data.image_size = (224, 224)
     config.model.dtype = 'bfloat16'
-  if small and dataset == 'cifar10':  # as in `cifar10.py`, whose recipes can continue from here
+  if small and dataset == 'cifar10':  # as in `cifar10.py`, whose runs can start from these weights
     recipe = cifar10.get_config(model)
     config.data.mean, config.data.std = recipe.data.mean, recipe.data.std
   if dataset == 'folder':
     finetune.follow_data(config)
-    # Holds out the same images for validation as `finetune.py`, so that a second run with
-    # `finetune.py` can validate on images that this run was not trained on.
+    # Holds out the same images for validation as `finetune.py`. So a second run with `finetune.py`
+    # can validate on images that this run was not trained on.
     config.data.train_split = config.data.val_split = None
   return config

@@ -39,7 +39,7 @@ def default_config() -> ConfigDict:
   return ConfigDict(tree).lock()
 
 
-imports: tuple[str, ...] = ()  # names of the modules of `--import`; checkpoints store the names
+imports: tuple[str, ...] = ()  # modules that `--import` has imported; checkpoints store these names
 
 TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl accepts
 

@@ -87,8 +87,9 @@ TRAINING = {
     range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
-    2, 'number of newest checkpoints to keep; the best checkpoint on data.val_split is also kept, '
-    'and the last one before the run got more epochs', range=COUNT, may_change=True,
+    2, 'number of newest checkpoints to keep; a run also keeps the best checkpoint on '
+    'data.val_split, and the last checkpoint before each increase of epochs', range=COUNT,
+    may_change=True,
   ),
   'init': Key(
     '', 'weights to start from: a file, folder, workdir or Hugging Face Hub name, as in '
@@ -100,8 +101,8 @@ TRAINING = {
   ),
   'objective': Key(
     None, 'what the run learns; supervised: the labels; distilled: the labels and the outputs of '
-    'distill.teacher; masked: hidden patches of the images, without labels; None: distilled with '
-    'a distill.teacher, else supervised', kind=str, choices='OBJECTIVES',
+    'distill.teacher; masked: hidden patches of the images, without labels; None: distilled if '
+    'distill.teacher is set, else supervised', kind=str, choices='OBJECTIVES',
   ),
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
@@ -152,8 +153,8 @@ TRAINING = {
     'all images have the full size', 'pixels',
   ),
   'progressive.until': Key(
-    (), 'one value for each size in progressive.sizes: the fraction of the run after which the '
-    'next size follows; the full size follows the last one',
+    (), 'one value for each size in progressive.sizes: the fraction of the run at which training '
+    'with this size ends; after the last value, images have the full size',
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -221,8 +222,8 @@ DATA = {
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
     'auto', 'memory: decode all images once and keep them in memory; stream: decode them in each '
-    'epoch; auto: memory if the images fit into half of the RAM and training batches are the same '
-    'as with stream, else stream', choices=('auto', 'memory', 'stream'),
+    'epoch; auto: memory, if the images fit into half of the RAM and the training batches would '
+    'be the same as with stream; else stream', choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
     0, 'data.cache=stream: worker processes that decode; 0: the training process decodes',
@@ -297,8 +298,8 @@ AUGMENT = {  # augmentations are applied in this order
     'alpha is 0', range=SHARE,
   ),
   'augment.off_for_last': Key(
-    0.0, 'length of the last phase of the run, in which images are only cropped and flipped, as a '
-    'fraction of the run; 0: no such phase', range=SHARE,
+    0.0, 'fraction of the run, at its end, in which images are only cropped and flipped; 0: none',
+    range=SHARE,
   ),
 }  # fmt: skip
 
@@ -333,7 +334,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   ),
   'model.position_prefix': Key(
     None, 'which of the tokens before the patches have a learned position; cls: only the class '
-    'token; none: no token; all: also the registers', kind=str, choices='POSITION_PREFIXES',
+    'token; none: no token; all: class token and registers', kind=str, choices='POSITION_PREFIXES',
   ),
   'model.rope_theta': Key(
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
@@ -344,9 +345,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     'patches', kind=tuple,
   ),
   'model.position_grid': Key(
-    None, 'size of the patch grid (down, across) for which position embeddings are made; for '
-    'images with another grid, they are stretched; None: taken from `init`, else the grid of the '
-    'images', 'patches', kind=tuple,
+    None, 'size of the patch grid (down, across) for which position embeddings are made; the '
+    'embeddings are stretched for images with another grid; None: taken from `init`, else the grid '
+    'of the images', 'patches', kind=tuple,
   ),
   'model.num_registers': Key(None, 'number of register tokens', kind=int),
   'model.representation_size': Key(
@@ -392,8 +393,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.remat': Key(
     None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: all '
     'except the results of products with weights; full: all activations inside a block; None: the '
-    'run chooses none or, if more micro-batches do not save enough memory, dots or full', kind=str,
-    choices='REMAT', may_change=True,
+    'run uses `none` or, if more micro-batches do not save enough memory, `dots` or `full`',
+    kind=str, choices='REMAT', may_change=True,
   ),
   'model.attention': Key(
     'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '

@@ -142,7 +142,7 @@ def from_config(
 def begin_from(
   config: ConfigDict, source: Source, taught_on: TrainingFiles
 ) -> tuple[ConfigDict, dict | None, TrainingFiles]:
-  """Prepares a new run. `taught_on`: the files that its teacher, if any, was trained on.
+  """Prepares a new run; `taught_on` are the files that the run's teacher, if any, was trained on.
 
   Returns:
     The completed config, the `init` weights (None without `init`), and the training files of the
@@ -270,7 +270,7 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   Args:
     request: the model to open.
     classes: where the classes of the model come from: `weights`, `data` or `any`, as in
-      `from_init`. For a model that was trained without labels, it must be `data` or `any`.
+      `from_init`. Must be `data` or `any` for a model that was trained without labels.
 
   Raises:
     ValueError: the weights do not exist, or the config or overrides contradict the weights.
@@ -296,5 +296,5 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
       exp = with_data_classes(exp, workdir, classes)
   if request.max_patches is not None:
     exp = native(exp, params, request.max_patches)
-  check_cropping({} if request.config else request.overrides, exp)  # a config is that of the run
+  check_cropping({} if request.config else request.overrides, exp)  # --config is the run's config
   return exp, params, step

@@ -28,7 +28,7 @@ def announced(message: str) -> Iterator[None]:
 
 
 def counter(items: Iterable | None = None, **arguments) -> tqdm:
-  """Returns a tqdm bar that only process 0 shows; without a terminal, it changes every 10 s."""
+  """Returns a tqdm bar that only process 0 shows, updated every 10 s without a terminal."""
   interval = 0.1 if sys.stderr.isatty() else 10  # seconds
   silent = not is_first()
   return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)
@@ -37,8 +37,8 @@ def counter(items: Iterable | None = None, **arguments) -> tqdm:
 def bar(items: Iterable, message: str, unit: str, total: int) -> Iterator:
   """Yields the items, and shows a progress bar if they take longer than `SOON` seconds.
 
-  The bar disappears after the last item. If the first item takes longer than `SOON`, e.g. because
-  JAX compiles a program, the message is logged.
+  The bar disappears after the last item. If the first item takes longer than `SOON` seconds, e.g.
+  because JAX compiles a program, the message is logged.
 
   Args:
     items: the items.

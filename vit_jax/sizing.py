@@ -5,8 +5,8 @@ Decisions:
     batch first becomes smaller, down to `MIN_BATCH`. If that gives too few steps, the run also gets
     more epochs.
   * The batch size is the smallest size that the devices can divide, multiplied by a power of two.
-  * A batch has at most as many images as the training split, except that it always has the smallest
-    size that the devices can divide.
+  * A batch has at most as many images as the training split, but never fewer than the smallest size
+    that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
     Section 2.1). The updates of the other optimizers do not grow with the gradient. So their
     learning rate is proportional to the square root of the batch size (Malladi et al. 2022,
@@ -138,7 +138,9 @@ def choose_batch(config: ConfigDict, count: int | None) -> int:
 def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   """Returns the splits for training and for validation.
 
-  The validation split is empty if `data.val_split` is empty, or if too few images can be held out.
+  If `data.val_split` is None, the dataset's own validation split is used. If the dataset has none
+  and `data.train_split` is None too, a part of the training images is held out. The validation
+  split is empty in all other cases, and if there are too few images to hold out a part.
   """
   train, val = config.data.train_split, config.data.val_split
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
@@ -186,12 +188,12 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 
 
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
-  """Returns values for `data.image_size` and, if that key is also not set, `model.patch_size`.
+  """Returns values for `data.image_size` and, if no patch size is set, for `model.patch_size`.
 
   The image size is the largest size in `PATCHES` that is at most the median of the images' shorter
   sides. If the median is smaller than all sizes, the smallest size is used. If the dataset is not
   available, the largest size is used. If the config or the variant sets a patch size, the image
-  size is rounded down to a multiple of the patch size, or is one patch if that is larger.
+  size is then rounded down to a multiple of the patch size, but is at least one patch.
 
   Args:
     config: config of a new run.

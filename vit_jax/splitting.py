@@ -61,9 +61,10 @@ def open_splits(
   """Opens the training, validation and test splits; None instead of a missing validation split.
 
   `seen` lists the files on which the weights were trained. These files are removed from the
-  validation and test splits, with two exceptions. In a run with a learning-rate sweep, the run's
-  own training files stay in the validation split, because its final run trains on this split too.
-  And `workdir.open_validation` keeps the files if no others are left.
+  validation and test splits, with two exceptions for the validation split. If the run compares
+  learning rates (`sweep`), its own training files stay, because its final training uses the
+  validation split too. If only files of `init` or the teacher would be left, they stay too
+  (`workdir.open_validation`).
 
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole
@@ -141,8 +142,8 @@ def cache_to_resume(
   """Returns `data.cache` for a run that is resumed, perhaps on a machine with less memory.
 
   A run may change between memory and streaming if this does not change its training batches. The
-  result is then `auto`, even if `memory` is given, because this machine may have less memory. The
-  arguments, except for `before`, are as in `decide_cache`.
+  result is then `stream` if this value is given, else `auto`. It is `auto` even if `memory` is
+  given, because this machine may have less memory.
 
   Args:
     reading: settings for reading the splits, with the given `data.cache`.

@@ -454,7 +454,7 @@ def test_flags_of_other_modes_and_other_configs_are_rejected(capsys, trained):
     (['--mode=predict', '--images=a.png', '--port=7860'], '--port is for serve'),
     (['--mode=inspect', '--out=x'], '--out is for fewshot, predict, visualize, export'),
     (['--mode=visualize', '--format=csv'], '--format is for predict, export'),
-    (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is only for'),
+    (['--mode=predict', '--images=a.png', '--out=x', '--format=csv'], '--out is for --features'),
     (['--mode=predict', '--images=a.png', '--out=x.npz', '--features=tokens', '--topk=5'],
      'cannot be combined with --format, --topk or --classes'),
     (['--mode=visualize', '--images=,'], '--images is empty'),

@@ -474,7 +474,7 @@ def test_a_class_named_train_is_explained(tmp_path):
       sources.open_source(f'folder:{tmp_path}', '', (4, 4))
     message = str(caught.value)
     assert 'train/ was read as the training split' in message and f'({inside})' in message
-    assert 'there are images in bus, car. If train is a class, rename its folder' in message
+    assert 'Folders next to it have images: bus, car. If train is a class, rename' in message
     assert 'labels:<csv>' in message
     touch(tmp_path, ['train/steam/20.jpg'])
   (tmp_path / 'train').rename(tmp_path / 'trains')

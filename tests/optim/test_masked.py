@@ -264,7 +264,7 @@ def test_the_config_has_the_decoder_and_the_settings_of_the_paper(variant, sizes
 
 
 @pytest.mark.parametrize('overrides, message', [
-  ({'masked.share': '0.95'}, 'hides at least one patch and leaves at least one'),
+  ({'masked.share': '0.95'}, 'leaves at least one patch hidden and one patch visible'),
   ({'freeze': 'backbone'}, 'freeze=backbone.*Pretrain first'),
   ({'optimizer.layer_decay': '0.7'}, 'optimizer.layer_decay=0.7'),
   (

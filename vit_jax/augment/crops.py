@@ -72,8 +72,8 @@ def rectangle(
   `max_aspect` times its shorter side. If no ratio is possible, the result is the least elongated
   rectangle of the drawn area that fits into the image.
 
-  Here, all areas are equally likely, because the area is drawn only once. In other implementations,
-  large areas are rare, because a rectangle that does not fit is replaced by a new draw.
+  Here, all areas are equally likely, because the area is drawn only once. Other implementations
+  draw again if a rectangle does not fit, so large areas are less likely.
   """
   area_key, aspect_key = jax.random.split(key)
   area = jax.random.uniform(area_key, (), minval=min_area, maxval=max_area)

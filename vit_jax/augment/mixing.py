@@ -28,8 +28,8 @@ def mix(
     probability: probability that an image is mixed.
     mixup_alpha: the image's own weight is drawn from Beta(`mixup_alpha`, `mixup_alpha`); 0 disables
       mixup.
-    cutmix_alpha: the fraction of its area that an image keeps, before the rectangle is clipped, is
-      drawn from Beta(`cutmix_alpha`, `cutmix_alpha`); 0 disables cutmix.
+    cutmix_alpha: the fraction of the image's area that is kept is drawn from Beta(`cutmix_alpha`,
+      `cutmix_alpha`). If the rectangle is clipped, the image keeps more. 0 disables cutmix.
     switch: probability that a mixed image uses cutmix instead of mixup, if both are enabled.
 
   Returns:

@@ -103,7 +103,7 @@ def make_table(chosen: dict, argument_B: jax.Array, image_BHWC: jax.Array) -> ja
 
 
 def places(image_BHWC: jax.Array) -> jax.Array:
-  """Returns the index of the level of each pixel and channel in a flattened table `[B, C, 256]`."""
+  """Returns each pixel value's index in a flattened table `[B, C, 256]`: int32 `[B, H, W, C]`."""
   batch, _, _, channels = image_BHWC.shape
   start_BC = 256 * jnp.arange(batch * channels).reshape(batch, channels)
   return start_BC[:, None, None] + image_BHWC

@@ -57,7 +57,7 @@ AUGMENTATIONS = {
   'trivial_augment': Augmentation(trivial_augment, 'probability', 0, strong=True),
   'erasing': Augmentation(crops.erasing, 'probability', 0, strong=True),
 }
-MIX_PLACE = 1000  # stands for a position of `mix`, which is not in `AUGMENTATIONS`
+MIX_PLACE = 1000  # used as the position of `mix`, which is not in `AUGMENTATIONS`
 
 
 def active(arguments: Mapping[str, Mapping]) -> list[str]:

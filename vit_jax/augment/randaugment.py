@@ -93,9 +93,9 @@ SPACES = {
   },
   # The 16 operations of AutoAugment's TensorFlow code, which AugReg (2106.10270) and big_vision
   # use. A higher magnitude does not make all operations stronger. Posterize and solarize become
-  # weaker, but solarize returns to its strongest form at magnitudes 10, 20 and 30. The factors of
-  # color, contrast, brightness and sharpness rise from below 1 (less than in the image) to above 1
-  # (more than in the image). Arguments in pixels are meant for images of 224 pixels.
+  # weaker, but solarize returns to its strongest form at magnitudes 10, 20 and 30. A low magnitude
+  # reduces color, contrast, brightness and sharpness (factors below 1), and a high magnitude
+  # increases them (factors above 1). Arguments in pixels are meant for images of 224 pixels.
   'big_vision': {
     'autocontrast': Argument(),
     'equalize': Argument(),

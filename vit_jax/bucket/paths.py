@@ -41,7 +41,11 @@ def to_path(path: str | os.PathLike) -> pathlib.Path:
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
-  """Returns a local path with `~` expanded; unlike in `Path.expanduser`, `~x` can be a file."""
+  """Returns a local path with `~` expanded.
+
+  If there is no user `x`, the path `~x` stays unchanged, because it can be the name of a file.
+  `Path.expanduser` would raise an error.
+  """
   return pathlib.Path(os.path.expanduser(path))
 
 

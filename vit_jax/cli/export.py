@@ -29,7 +29,7 @@ MODE = Mode(
     Flag(
       'precision',
       'number format of the exported model: float32, for onnx also fp16 or int8, for stablehlo '
-      'also bfloat16; the model card compares its size, latency and accuracy with float32',
+      'also bfloat16; the model card compares size, latency and accuracy with float32',
       default='float32',
     ),
     OUT,

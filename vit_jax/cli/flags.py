@@ -42,7 +42,7 @@ class Mode:
     flags: flags that the mode accepts besides the flags of every mode.
     run: function that runs the mode and returns the exit code, or None for 0. Its argument has an
       attribute for each flag, and the attribute `overrides` with the config overrides. The function
-      itself imports modules whose import takes long.
+      also imports the modules whose import takes long.
     resumes: True: to resume an interrupted run, the user repeats the command.
     overrides: True: the mode accepts `--config.<key>=<value>`, but has no flag `--config`.
   """

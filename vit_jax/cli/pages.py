@@ -20,7 +20,7 @@ it with `make pages`.
 
 For keys of the section `model`, the default None means that the value comes from the `init`
 weights. Without `init`, the value comes from `model.variant` or, if the variant does not define it,
-from the class `ViT`. Only for `model.remat`, None has the meaning that the table gives."""
+from the class `ViT`. The only exception is `model.remat`: the run chooses its value."""
 
 COMMAND_HEAD = (
   """# Command line
@@ -38,7 +38,7 @@ Without `--mode`, the mode is `train`.
 not connect, or the program has a bug |
 | 2 | any other error, such as a wrong flag or unreadable data; the last line of the \
 output explains it |
-| 75 | SIGTERM stopped `train` or `verify`, or a bucket did not answer in any mode; repeat the \
+| 75 | SIGTERM stopped `train` or `verify`, or a bucket did not answer (in any mode); repeat the \
 same command |
 | 130 | Ctrl-C stopped the program in any mode, except `serve` while it served the page |
 | 141 | the program that reads the output, such as `head`, has ended |

@@ -17,7 +17,7 @@ def run_profile(args) -> None:
 
 
 MODE = Mode(
-  'records some training steps, and prints a table of where their time goes',
+  'records some training steps, and prints the time of each kind of operation',
   '--config=configs/cifar10.py:tiny --workdir=runs/tiny',
   (CONFIG, WORKDIR, *CLUSTER),
   run_profile,

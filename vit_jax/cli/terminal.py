@@ -53,7 +53,7 @@ def open_streams() -> None:
     try:
       os.fstat(number)
     except OSError:
-      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # becomes `number`, the lowest free
+      os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets `number`, the lowest free one
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(number, mode, encoding='utf-8', closefd=False))
 

@@ -3,7 +3,7 @@
 Decisions:
   * Training reads one endless sequence, in which each epoch is a new permutation of the examples.
     The sequence is cut into batches. No example is dropped at the end of an epoch, so a batch can
-    have examples of two epochs. Which example is at a position of the sequence depends only on the
+    have examples of two epochs. The example at a position of the sequence depends only on the
     position, the seed and the number of examples. So the step number is enough to resume.
   * A batch consists of global JAX arrays, which are spread over the devices of all processes. Each
     process gathers only the rows that its own devices hold. The processes need not communicate,

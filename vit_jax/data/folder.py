@@ -101,7 +101,7 @@ def open_folder(root: pathlib.Path) -> Folder:
   If `root` has a folder `train/`, the training images are in `train/<class>/`, and test images are
   in folders with names from `TEST_NAMES`. The first of these folders becomes the split `test`;
   other test folders keep their names as splits. If `root` has no folder `train/`, all images are in
-  `<class>/`. In both cases, if there is no test folder, the files whose `position` is below
+  `<class>/`. Without `train/` or without test folders, the files whose `position` is below
   `HELD_OUT` become the split `test`.
 
   Raises:
@@ -129,7 +129,7 @@ def open_folder(root: pathlib.Path) -> Folder:
     )
   listed = list_files(top, class_names, passed_over)
   files = {'train': listed}
-  if held_out:  # the first is called only `test`, because each split has a single name
+  if held_out:  # the first folder is the split `test`, even if the folder has another name
     for name, folder in zip(['test', *held_out[1:]], held_out):
       files[name] = list_files(root / folder, class_names, passed_over)
   else:
@@ -145,7 +145,7 @@ def check_train_is_split(root: pathlib.Path, inside: tuple[str, ...]) -> None:
   if classes:
     raise ValueError(
       f'{root}: train/ was read as the training split, but has {len(inside)} class folders '
-      f'({", ".join(inside) or "none"}), expected at least two. Next to it, there are images in '
+      f'({", ".join(inside) or "none"}), expected at least two. Folders next to it have images: '
       f'{abridged(classes)}. If train is a class, rename its folder, or list the images in a file: '
       'data.source=labels:<csv>. If train/ is the training split, move the class folders into it.'
     )
@@ -244,7 +244,7 @@ def is_searched(folder: pathlib.Path) -> bool:
 
 def useless(folder: pathlib.Path) -> bool:
   """Returns whether a folder is named `__MACOSX`, or is a link to a folder above the link."""
-  # Such a link makes the search endless. All parents count: the path can contain other links.
+  # A search would follow such a link forever. Check all parents, as the path can have more links.
   loops = folder.is_symlink() and any(
     above.resolve().is_relative_to(folder.resolve()) for above in folder.parents
   )

@@ -22,7 +22,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vit_jax import storage
 
 EXTENSIONS = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp')
-# Accepted formats, whatever the extension. To open some others, e.g. EPS, Pillow runs programs.
+# Accepted formats, for any extension. To open e.g. EPS files, Pillow would run other programs.
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP')
 MARKS = {  # {(offset, bytes there): rejected format}; such files often have a wrong extension
   (0, b'GIF8'): 'GIF', (0, b'II*\0'): 'TIFF', (0, b'MM\0*'): 'TIFF', (4, b'ftyphei'): 'HEIC',
@@ -33,7 +33,7 @@ TURNS = {  # {EXIF orientation: how the stored image becomes upright}
   2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
   6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90,
 }  # fmt: skip
-# Pillow warns of images that have more than half of the pixels at which it refuses an image.
+# Pillow refuses very large images. Its warning for images above half of this limit is hidden.
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning, append=True)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -157,7 +157,7 @@ def fit_image(
   Args:
     image: grey or RGB image.
     size: (height, width) of the result.
-    interpolation: name from `INTERPOLATIONS`; all but `nearest` average pixels of shrinking images.
+    interpolation: name from `INTERPOLATIONS`; all but `nearest` average pixels to shrink an image.
     crop: fraction of height and width that a central crop keeps before scaling.
     stretch: True: scale height and width independently; False: crop to the aspect ratio of `size`.
   """
@@ -213,7 +213,7 @@ def decode_part(
 ) -> np.ndarray:
   """Decodes an image file and scales a part of the image to `size`: uint8 `[H, W, C]`.
 
-  To be faster, ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width, where n
+  To be faster, ordinary JPEGs (`is_ordinary`) are decoded at 1/n of their height and width. Here, n
   is the largest of 1, 2, 4 and 8 for which the decoded part is at least as large as `size`.
 
   Args:
@@ -246,9 +246,9 @@ def decode_part(
 
 
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
-  """Returns whether `channels` is 3 and a file is a complete, upright RGB JPEG, as OpenCV needs.
+  """Returns whether a file is a complete, upright RGB JPEG, and `channels` is 3.
 
-  OpenCV would fill the missing parts of an incomplete file with grey.
+  OpenCV decodes only such files. It would fill the missing parts of an incomplete file with grey.
   """
   rgb = opened.format == 'JPEG' and opened.mode == 'RGB' and channels == 3
   return rgb and encoded.endswith(b'\xff\xd9') and orientation_of(opened) == 1
@@ -257,10 +257,10 @@ def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
 def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
   """Scales the part `box` of a uint8 image to `size` (height, width): uint8 `[H, W, C]`.
 
-  The edges of the part are rounded to whole pixels. If an axis shrinks to less than half, each new
-  pixel is the mean of the old pixels in its area. If the axes shrink less, they are first blurred,
-  and then interpolated linearly. The blur is chosen so that both steps together have the variance
-  of Pillow's bilinear filter. This filter is a triangle as wide as two new pixels.
+  The edges of the part are rounded to whole pixels. If height or width shrinks to less than half,
+  each new pixel is the mean of the old pixels in its area. If both shrink less, the part is first
+  blurred, then interpolated linearly. The blur is chosen so that both steps together have the
+  variance of Pillow's bilinear filter. This filter is a triangle as wide as two new pixels.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))

@@ -60,9 +60,9 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function without arguments. If images in memory would
-      be smaller than `size`, because the device enlarges them, the function returns their
-      (height, width). If images in memory would have the size `size`, the result is None.
+    kept: None for evaluation. For training, a function that returns a (height, width) or None. If
+      the device would enlarge images from memory to `size`, the function returns their size in
+      memory, else None.
   """
   if reading.cache != 'auto':
     return reading.cache

@@ -132,7 +132,7 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
-        'images for testing, so with few images, one of the splits can be empty. Add images.'
+        'images for testing. With few images, one of the splits can be empty. Add images.'
       )
   tops = {part.top for part in files.values()}
   unused = folder_lib.unused(root, tops, unread={root} - tops)

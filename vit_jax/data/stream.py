@@ -248,7 +248,7 @@ def best_threads(workers: int) -> int:
 
 
 def open_grain():
-  """Imports and returns `grain`. Marks absl's flags as parsed, because Grain reads such flags."""
+  """Imports and returns `grain`. Marks absl's flags as parsed, because Grain reads absl flags."""
   from absl import flags
   import grain
 

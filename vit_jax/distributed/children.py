@@ -26,11 +26,11 @@ def check_can_start() -> None:
 def unsignalled() -> Iterator[None]:
   """Blocks SIGINT and SIGTERM in the threads and workers that start inside the `with` statement.
 
-  All processes of a job get these signals at the same time. Workers must keep running until
+  All processes of a job get these signals at the same time, but workers must keep running until
   training has saved a checkpoint. A worker cannot block the signals itself before it has started,
   so they are blocked in this process, and the worker inherits this setting.
   """
-  multiprocessing.resource_tracker.ensure_running()  # now, because starting it unblocks the signals
+  multiprocessing.resource_tracker.ensure_running()  # first, because its start unblocks the signals
   before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
   try:
     yield

@@ -2,8 +2,9 @@
 
 Decisions:
   * Only process 0 reads and writes the small files of the workdir, such as logs. It sends their
-    contents to the other processes, so no shared file system is needed. If there is a shared file
-    system, every process reads and writes its own part of the arrays in checkpoints.
+    contents to the other processes, so no shared file system is needed. With a shared file system,
+    every process reads and writes its own part of the arrays in checkpoints. Without one, only
+    process 0 reads and writes these arrays.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Preempted(Exception):
 def asked_to_stop() -> bool:
   """Returns whether all processes must stop now, because one of them got a stop signal.
 
-  JAX numbers the calls of each process and compares the numbers, so every process must call this
+  Each process numbers its calls and JAX compares the numbers, so every process must call this
   function equally often. After a stop signal, all processes stop at the same call: the first one
   that no process has made yet. Other code must not call JAX's preemption service, so
   `manager.Manager` keeps orbax from calling the service.
@@ -88,7 +89,7 @@ def from_first(function: Callable[[], object]) -> object:
       ValueError. Process 0 raises any other error unchanged; the other processes then raise a
       ValueError.
   """
-  # The process count is asked last, because this starts JAX, perhaps before `devices.start_up`.
+  # `process_count` is called last: it starts JAX, but `devices.start_up` may have to come first.
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return function()
   arrays, text, failure = [], None, None
@@ -269,6 +270,6 @@ class Preemption:
 
   def is_due(self) -> bool:
     """Returns whether to save and stop after this step; call this method after every step."""
-    if jax.distributed.is_initialized() and asked_to_stop():  # reports a signal only once
+    if jax.distributed.is_initialized() and asked_to_stop():  # True only once per signal
       Preemption._noticed = True
     return Preemption._noticed

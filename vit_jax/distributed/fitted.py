@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class Fitted:
   """A function `(batch, params) -> result` that works through a batch in micro-batches.
 
-  The function is compiled once for each batch size, with the number of micro-batches that is
-  fastest. If the compiled program exceeds the memory budget, larger numbers are tried.
+  For each batch size, the function is compiled with the fastest number of micro-batches. If the
+  compiled program exceeds the memory budget, larger numbers are tried.
   """
 
   def __init__(

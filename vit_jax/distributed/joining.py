@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 
 SOON = 5.0  # seconds after which a process reports that other processes are missing
 JOIN = 300  # maximum seconds to wait for the other processes to start
-PARTING = 2.0  # seconds by which process 0 exits later than the others after an error
+PARTING = 2.0  # seconds that process 0 waits after an error, so that the others exit first
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
 NO_ADDRESS = 'Retry failed'  # JAX's error has this text if Kubernetes lacks process 0's address
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
 # Environment variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each
-# process. TPUs set none; there, `in_cluster` finds libtpu. KUBERNETES_SERVICE_HOST is not listed,
-# because Kubernetes also sets it in single pods.
+# process. None of them is set on TPUs, so `in_cluster` looks for libtpu. The list does not contain
+# KUBERNETES_SERVICE_HOST, because Kubernetes also sets it in single pods.
 LAUNCHERS = (
   'SLURM_STEP_NODELIST', 'OMPI_COMM_WORLD_SIZE', 'JOB_COMPLETION_INDEX',
   'JAX_COORDINATOR_ADDRESS',
@@ -52,8 +52,7 @@ def joined(
 ) -> Iterator[None]:
   """Context manager that runs its block as one of several processes, or alone.
 
-  `join` documents the arguments. If the block fails and there are several processes, `leave` ends
-  the process in which it failed.
+  `join` documents the arguments. With several processes, `leave` ends a process whose block fails.
   """
   join(coordinator, num_processes, process_id)
   try:
@@ -97,7 +96,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     return
   except Exception as error:  # the runtime and each kind of cluster raise their own errors
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
-  # Printed now, because this process can hang when another one dies, until JAX aborts it.
+  # Printed in advance: if another process dies, this one can hang, and then JAX aborts it.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
   cluster.asked_to_stop()  # so a stop signal before the first step takes effect at a later call
 
@@ -137,7 +136,7 @@ def check_alone() -> None:
   if 'JOB_COMPLETION_INDEX' in os.environ:
     log.warning(
       'This pod trains alone, because JAX needs the package `kubernetes` to find other pods. If '
-      "this job has several pods, install it: pip install 'jax[k8s]'."
+      "this job has several pods, install the package: pip install 'jax[k8s]'."
     )
 
 

@@ -56,14 +56,14 @@ def first_fit(
 
   A plan is any value that changes how much memory the program needs, such as a number of
   micro-batches. The memory for a plan is first estimated, from `need` and `factor`. Plans whose
-  estimate exceeds `budget` are skipped. If all estimates exceed it, the last plan is compiled. If a
+  estimate exceeds `budget` are skipped. If all are skipped, the last plan is compiled. If a
   compiled program does not fit, `factor` is raised so that the estimate is at least the measured
   memory. At most `COMPILATIONS` plans are compiled.
 
   Args:
     plans: plans from the fastest one to the one that needs the least memory.
     lower: lowers the program with a plan.
-    need: maps a plan to the numbers `(fixed, varying)`. It is estimated that the program needs
+    need: maps a plan to the numbers `(fixed, varying)`. The estimate is
       `fixed + factor * varying` bytes on each device.
     budget: maximum number of bytes that the program can use on each device.
     factor: initial value of `factor`. With 0, only `fixed` counts in the first estimate.

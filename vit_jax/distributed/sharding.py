@@ -42,7 +42,7 @@ TENSOR_AXIS = {
   ('up', 'b'): 1,
   ('down', 'a'): 0,
 }
-# `fsdp` does not split arrays with fewer elements, because gathering small arrays is slow.
+# Minimum number of elements of an array that `fsdp` splits. Gathering many small arrays is slow.
 SPLIT_FROM = 4096
 
 

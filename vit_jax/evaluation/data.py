@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 
 def check_data_given(request: Request) -> None:
-  """Raises ValueError if a request for weights in `init` does not name the dataset."""
+  """Raises ValueError if a request names weights with `init`, but does not name a dataset."""
   if request.init and 'data.source' not in request.overrides:
     raise ValueError(
       f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
-      'folder:photos. To use a run with its own dataset, give its folder as --workdir.'
+      'folder:photos. To use the weights and the dataset of a run, set --workdir to its folder.'
     )
 
 
@@ -111,8 +111,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
   Args:
     experiment: the model's experiment.
     *parts: one pair for each split to open: the dataset, and the name of the split in TFDS
-      notation. All pairs must have the same dataset, except that different files can be left out of
-      it.
+      notation. All pairs must have the same dataset, but each can leave out different files.
 
   Returns:
     The splits, in the order of `parts`.

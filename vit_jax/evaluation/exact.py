@@ -45,8 +45,8 @@ def score_split(
   """Evaluates a split: returns a dict with mean loss, accuracies and number of examples.
 
   If images can have several labels, the dict also has the mean average precision and the mean F1.
-  If the model has no classes, the dict has no accuracies. `Scores.means` describes the keys. The
-  arguments are described in `answer_split`.
+  If the model has no classes, the dict has no accuracies. The methods `means` of `Scores`,
+  `Labelled` and `Losses` describe the keys. `answer_split` describes the arguments.
   """
   return score_examples(eval_step, params, examples, batch_size, mesh, **extra).means()
 

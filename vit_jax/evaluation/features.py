@@ -144,8 +144,8 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  The program is traced for one image on one device. The text changes whenever an edit of the code,
-  in any file, changes how features are computed.
+  The program is traced for one image on one device. Any edit that changes how features are
+  computed, in any file, also changes this text.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)

@@ -67,8 +67,8 @@ def draw_readable(
   """Draws training images of every class, once for each of `SEEDS`, and skips unreadable images.
 
   The number of images per class is the largest number in `SHOTS` for which every class has enough
-  images. An unreadable image is replaced by another image of its class. (In training, the next
-  image of the split replaces an unreadable image, and may belong to a different class.)
+  images. An unreadable image is replaced by another image of its class. (In training, it is
+  replaced by the next image of the split, which may belong to a different class.)
 
   Args:
     train: training split.
@@ -140,7 +140,8 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
       of training images per class. `accuracy` has one value, 0 to 1, for each of `SEEDS`. `std` is
       the population standard deviation of these values.
     `examples`: the number of test images.
-    `classifier`: name of the classifier. `ridge` adds `l2`, the weight of the L2 penalty.
+    `classifier`: name of the classifier.
+    `l2`: weight of the L2 penalty; only for the classifier `ridge`.
     `left_out`: number of test images left out because they were used in training; absent if 0.
 
   Raises:

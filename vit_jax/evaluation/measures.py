@@ -135,7 +135,7 @@ def reliability(confidence_N: np.ndarray, correct_N: np.ndarray) -> dict[str, np
 
 
 def calibration_error(bins: dict[str, np.ndarray]) -> float:
-  """Computes the expected calibration error from the result of `reliability`, 0 to 1.
+  """Computes the expected calibration error, 0 to 1, from the result of `reliability`.
 
   The error of a bin is the absolute difference between its accuracy and its mean confidence. The
   bins' errors are averaged, weighted by the number of examples (Guo et al. 2017, equation 3).
@@ -160,8 +160,8 @@ def coverage_curve(
   Returns:
     A dict with an array `[P]` for each key:
     `coverage`: share of the examples that the model classifies, from 1/P to 1.
-    `accuracy`: accuracy on the classified examples. If examples have equal confidences, each of
-      them counts with their mean accuracy, so that the order of these examples has no effect.
+    `accuracy`: accuracy on the classified examples. Examples with equal confidences all count with
+      their mean accuracy, so that their order has no effect.
     `confidence`: lowest confidence among the classified examples.
   """
   order_N = np.argsort(-np.asarray(confidence_N), kind='stable')

@@ -4,8 +4,8 @@ Decisions:
   * Average precision is computed without interpolation, as in `average_precision_score` of
     scikit-learn. At each threshold, the precision is multiplied by the increase in recall, and the
     products are summed. Images with equal scores are counted at the same threshold.
-  * A positive image of a class has the class as a label. Means over the classes skip classes
-    without a positive image, because their average precision and recall are not defined.
+  * A positive image of a class is an image that has the class as a label. Means over the classes
+    skip classes without a positive image, for which average precision and recall are not defined.
   * A class is predicted for an image if its probability is at or above the threshold of the class.
 """
 

@@ -1,8 +1,9 @@
 """Prepares the teacher of a run with distillation: the model learns from the teacher's logits.
 
 Decisions:
-  * Without augmentation, the teacher gives the same logits in every epoch. The logits are then
-    computed before training, once for each example, from cached features (`features.py`).
+  * Without augmentation and without `data.skip_bad_images`, the teacher gives the same logits in
+    every epoch. The logits are then computed before training, once for each example, from cached
+    features (`features.py`).
   * With augmentation or `data.skip_bad_images`, each training step runs the teacher. The teacher's
     parameters are then divided among the devices like the parameters of the trained model (config
     keys `mesh.fsdp` and `mesh.tensor`).
@@ -72,8 +73,8 @@ def with_teacher(
 
   Returns:
     The experiment, whose teacher uses the same attention kernel as the trained model.
-    The `Training`. If the teacher's logits are cached (`Teacher.cached`), the batches of its split
-      `train` also contain these logits. If not, its field `teacher` contains the teacher's
+    The `Training`. If the teacher's logits are cached (`Teacher.cached`), the batches of
+      `Training.train` also contain these logits. If not, `Training.teacher` contains the teacher's
       parameters, on the devices.
   """
   if exp.teacher is None:

@@ -37,8 +37,8 @@ def visualize(
     The paths of the written files. The report is the last one.
 
   Raises:
-    ValueError: there is nothing to draw, the output folder cannot be used or contains figures of
-      others, no image can be read, or the config contradicts the weights.
+    ValueError: there is nothing to draw, no image can be read, or the config contradicts the
+      weights. Or the output folder cannot be used, or has figures that `visualize` did not write.
   """
   workdir = request.workdir
   if out:

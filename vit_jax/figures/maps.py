@@ -221,8 +221,8 @@ def position_similarity(position_hwD: np.ndarray) -> np.ndarray:
 def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.ndarray]:
   """Returns principal components of the patch embedding's filters (paper, Figure 7, left).
 
-  The kernel of the embedding has D columns. Each is a filter with the shape of a patch. The mean
-  filter is subtracted first.
+  The kernel of the embedding has D columns. Each column is a filter with the shape of a patch. The
+  mean filter is subtracted first.
 
   Args:
     model: a model without a convolutional stem.
@@ -239,7 +239,7 @@ def filters(model: ViT, params: dict, count: int = 28) -> tuple[np.ndarray, np.n
     Missing: the model is a hybrid, whose patches come from a feature map and not from pixels.
   """
   if model.resnet is not None:
-    raise Missing('with model.resnet, patches are cut from the feature map of a stem, not images.')
+    raise Missing("with model.resnet, patches are cut from a stem's feature map, not from images.")
   kernel_pqCD = np.asarray(params['embedding']['kernel'], np.float64)
   *patch, width = kernel_pqCD.shape
   component_FP, share_F = principal_components(kernel_pqCD.reshape(-1, width).T, count)

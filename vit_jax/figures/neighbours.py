@@ -3,8 +3,9 @@
 Decisions:
   * Images are compared by the cosine similarity of their features, the inputs of the head.
   * The nearest training images suggest why a test image was classified wrongly. If they have the
-    predicted class, the label of the test image is often doubtful, or the features cannot tell the
-    two classes apart. If no training image is similar, the training data lacks such images.
+    predicted class, the test image's label is often doubtful, or the features cannot separate the
+    true and the predicted class. If no training image is similar, the training data lacks images
+    like the test image.
   * At most `AMONG` training images are compared, spread evenly over the training split, so
     that drawing does not take longer for a larger split.
 """
@@ -49,7 +50,7 @@ class Neighbours:
 def find_neighbours(
   exp: Experiment, params: dict, test: Examples, train: Split, mesh: jax.sharding.Mesh
 ) -> Neighbours:
-  """Returns the `NEAREST` training images whose features are most similar to each test image.
+  """Returns, for each test image, the `NEAREST` training images with the most similar features.
 
   Args:
     exp: the experiment that defines the backbone and the preprocessing.

@@ -165,8 +165,8 @@ def picture_mistakes(subject: Subject) -> tuple[Figure, str]:
     scores.confidence_N[index],
   )
   return figure, (
-    'Wrong predictions with the highest probability, in decreasing order. Some show classes that '
-    'the model cannot tell apart, others have a doubtful label.'
+    'Wrong predictions with the highest probability, in decreasing order. Some images show classes '
+    'that the model cannot tell apart, others have a doubtful label.'
   )
 
 
@@ -194,9 +194,9 @@ def picture_reconstruction(subject: Subject) -> tuple[Figure, str]:
   if exp.config.objective != 'masked':
     raise Missing('this figure needs a run with objective=masked.')
   return draw_reconstruction(reconstruct(exp, params, shown)), (
-    f'Images, the patches that the model sees ({exp.config.masked.share:.0%} are hidden), and the '
-    'patches that it predicts. The model predicts normalised pixels, so each predicted patch is '
-    'drawn with the brightness and the contrast of the true patch.'
+    f'Top: images. Middle: {exp.config.masked.share:.0%} of the patches are hidden from the model. '
+    'Bottom: predictions replace the hidden patches. The model predicts normalised pixels, so each '
+    'predicted patch is drawn with the brightness and the contrast of the true patch.'
   )
 
 
@@ -270,8 +270,8 @@ def picture_components(subject: Subject) -> tuple[Figure, str]:
   map_BhwF, share_F = components.of_images(*shown)
   shares = ', '.join(f'{share:.1%}' for share in share_F)
   return draw.draw_components(shown[-1], components.component_colours(map_BhwF)), (
-    'Red, green and blue are the first three principal components of the patch features. They have '
-    f'{shares} of the variance. Similar colours mean similar features, also in different images.'
+    'Red, green and blue are the first three principal components of the patch features. They '
+    f'explain {shares} of the variance. Similar colours mean similar features, also across images.'
   )
 
 

@@ -1,8 +1,8 @@
 """Writes a self-contained HTML page with the numbers, config and figures of a run.
 
 Decisions:
-  * The page has no scripts, fonts or external links. So it can be opened without a network, from
-    a disk or an e-mail, and still in ten years.
+  * The page has no scripts, fonts or external links. So it can be opened from a disk or an e-mail
+    without a network, and will still open in ten years.
   * `html.escape` escapes all text, because names of classes, files and runs are not trusted.
   * Figures have a white background, because their black text would be unreadable on a dark page.
 """

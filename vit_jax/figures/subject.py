@@ -167,7 +167,8 @@ def choose_images(test: Split, exp: Experiment) -> np.ndarray:
     label_N = label_N.argmax(axis=1)
   shown, measured = (maps.spread_over_classes(label_N, classes, n) for n in (SHOWN, MEASURED))
   contrast = test.some(shown).image_NHWC.std(axis=(1, 2, 3))
-  # The figures of patches and heads show only the first image, so sort images by contrast.
+  # The figures of patches and heads show only the first image, so the image with the highest
+  # contrast comes first.
   shown = shown[np.argsort(-contrast, kind='stable')]
   index = np.concatenate([shown, np.setdiff1d(measured, shown)])[:MEASURED]
   return test.some(index).image_NHWC
@@ -206,7 +207,10 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
 ) -> AttentionMaps:
-  """Computes attention maps of `SHOWN` images, and mean attention distances over all images."""
+  """Computes attention maps of the first `SHOWN` images.
+
+  The mean attention distances are computed over all images.
+  """
 
   def summary(image_BHWC, params):
     return maps.attention_summary(exp.model, params, exp.normalize(image_BHWC))

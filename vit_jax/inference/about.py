@@ -39,7 +39,7 @@ def about(
   trained = source_text(exp.config.data, exp.task.train_examples)
   return {
     'Classes': classes_text(exp),
-    'Images': f'The model sees an image at {height} x {width} pixels. Smaller details are lost.',
+    'Images': f'The model sees an image at {height} x {width} pixels. Details that need more pixels are lost.',
     'Accuracy': accuracy_sentence(measured if own else {}, exp.task.multi_label),
     'Probabilities': probabilities_text(exp, bool(changed)),
     'Training data': f'{trained}.' if exp.task.train_examples else 'Unknown.',
@@ -84,15 +84,15 @@ def accuracy_sentence(measured: Mapping[str, object], multi_label: bool) -> str:
 
 
 def probabilities_text(exp: Experiment, changed: bool) -> str:
-  """Returns a sentence that says how the model's probabilities were calibrated.
+  """Returns a text that says how the model's probabilities were calibrated.
 
-  If images can have several labels, the sentence instead gives the probability from which on the
-  model predicts a label.
+  If images can have several labels, the text instead says how the thresholds were chosen. The model
+  predicts each label whose probability reaches its threshold.
 
   Args:
     exp: the experiment of the weights.
-    changed: whether the page overrides config keys that change what the model computes. Its
-      calibration was fitted without these overrides.
+    changed: whether the page overrides config keys that change the model's output. The calibration
+      was fitted without these overrides.
   """
   found = exp.calibration
   on = f'{found.examples:,} validation images'

@@ -24,7 +24,7 @@ from vit_jax.weights import (
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-SHOWN = 100  # maximum number of classes in the card, if an exported file lists all classes
+SHOWN = 100  # maximum number of thresholds, and of class names if an exported file lists them
 
 
 def write_card(
@@ -45,7 +45,7 @@ def write_card(
       export itself is in float32.
   """
   entry = FORMATS[format]
-  if not entry.is_program:  # weights get images of the input size
+  if not entry.is_program:  # users of weights resize images directly to the input size
     whole = dataclasses.replace(loaded.preprocessing, stored_size=None)
     loaded = dataclasses.replace(loaded, preprocessing=whole)
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())

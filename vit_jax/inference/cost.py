@@ -76,7 +76,8 @@ class Summary:
     at_once: number of images whose activations a device holds at the same time.
     activation_bytes: bytes of the activations of `at_once` images.
     steps: number of training steps; None if the number of examples is unknown.
-    warmup: number of warm-up steps; None if the number of examples is unknown.
+    warmup: number of warm-up steps of the first learning-rate cycle; None if the number of examples
+      is unknown.
     notes: sentences about the assumptions behind these numbers. If a finished run got more epochs,
       the notes also say when the learning rate warms up again.
   """
@@ -259,7 +260,7 @@ def mib(size: int) -> str:
 
 
 def memory_text(summary: Summary) -> list[str]:
-  """Returns a list with one line: the settings with which a training step fits into memory.
+  """Returns a list with one line about the settings with which a training step fits into memory.
 
   The settings are the number of micro-batches and `model.remat` (recomputation of activations). If
   no memory limit is known, the list is empty.

@@ -170,8 +170,8 @@ def save(
     preprocessing: how images must be prepared. None: pixels are scaled to [-1, 1], and images are
       resized to fit the position embeddings (`image_size`).
     class_names: names of the classes, in the order of the logits; None to store no names.
-    calibration: settings that turn logits into probabilities. Exported programs (StableHLO, ONNX)
-      apply these settings. The other formats cannot store them. None for a temperature of 1.
+    calibration: settings that turn logits into probabilities, for programs (StableHLO, ONNX). hf
+      stores only whether there are thresholds, npz and timm nothing. None: a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
     images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
       of activations. Other precisions do not use sample images.
@@ -266,7 +266,7 @@ def remove_empty(folder: pathlib.Path) -> None:
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
   """Raises ValueError if a folder contains a run, or a weight file that must not be replaced.
 
-  `names` are the names of the files that the export writes. Only weight files with these names can
+  `names` are the names of the files that the export writes. Weight files with other names must not
   be replaced.
   """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]

@@ -36,7 +36,7 @@ READ = re.compile(
   r'startup-events|app_id|info|upload_progress|file=/.+|heartbeat/[^/]+|queue/data|'
   r'call(/v2)?/predict/[^/]+)'
 )
-# Paths to send to. `run` reaches no function that uses the model, because the page is built with
+# Paths that accept data. `run/predict` cannot call the model, because `page.build` sets
 # `api_open=False`.
 SENT = re.compile(r'/gradio_api/(upload|queue/join|run/predict|cancel|reset|call(/v2)?/predict)')
 ALLOWED = {'GET': READ, 'HEAD': READ, 'POST': SENT}  # {HTTP method: its paths}
@@ -51,9 +51,9 @@ CSS = """
 
 
 class Gate:
-  """ASGI middleware that answers all requests with 404, except those in `ALLOWED`.
+  """ASGI middleware that answers a request with 404, unless `ALLOWED` has its method and path.
 
-  Requests that are larger than the page needs are stopped while they arrive, and answered with 413.
+  A request that is larger than the page needs is stopped while it arrives, and answered with 413.
   If Gradio cannot answer a request, for example because the request names an unknown function, the
   log gets one line instead of a traceback.
   """
@@ -98,7 +98,7 @@ class Gate:
     if not began:
       await PlainTextResponse(failed, status_code=500)(scope, receive, send)
     else:
-      with contextlib.suppress(RuntimeError):  # the answer promised a different length
+      with contextlib.suppress(RuntimeError):  # the header gave another length
         await send({'type': 'http.response.body', 'body': b''})
 
 
@@ -130,7 +130,7 @@ class Choice(gr.EventData):
   """
 
   def __init__(self, target, data):
-    """Takes the gallery, and what the client sent about the event."""
+    """Reads the index from `data`, which the client sent; `target` is the gallery."""
     super().__init__(target, data)
     self.index = data.get('index') if isinstance(data, dict) else None
 

@@ -106,10 +106,10 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Opens the experiment of exported weights, with the dataset that they were trained on.
+  """Opens the experiment of exported weights, with a dataset for samples and for the test.
 
   If the weights come from a run, the run's config names the dataset. Published weights do not name
-  their dataset, so `overrides` must set `data.source`. Without this override, the result is None.
+  a dataset, so `overrides` must set `data.source`. Without this override, the result is None.
 
   Args:
     path: anything that `vit_jax.load` reads.
@@ -126,7 +126,7 @@ def open_experiment(
   if 'data.source' not in overrides:
     return None
   request = Request(init=str(path), overrides=overrides, zero_shot=zero_shot)
-  if zero_shot:  # if these data cannot be scored, they may still serve as sample images
+  if zero_shot:  # a dataset with other classes can still give sample images
     with contextlib.suppress(ValueError, OSError):
       return opening.open_model(request, 'data')[0]
   return opening.open_model(request, 'any')[0]

@@ -21,13 +21,13 @@ from vit_jax.inference.gate import Choice, Page, refuse_addresses
 
 MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
-KEEP = 3600  # seconds for which an upload is kept on disk, and the model's result in memory
+KEEP = 3600  # seconds for which uploads stay on disk, and results of the model stay in memory
 CLEAN = 300  # seconds between two deletions of old uploads
 
 TOPK = 5  # number of classes that the page shows
 SHOWN = 448  # minimum length in pixels of the shorter side of a shown image
 ROLLOUT, MEAN = 'all blocks (rollout)', 'mean of all heads'
-DARK = 0.15  # factor by which image parts without attention are darkened
+DARK = 0.15  # pixels without attention are multiplied by this factor
 
 
 class Seen(NamedTuple):
@@ -101,7 +101,7 @@ class Viewer:
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
-    """Returns `{class name: probability}`; the index of a class is added to a repeated name."""
+    """Returns `{class name: probability}`; a name that occurs again is followed by its index."""
     found = {}
     for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
       found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])
@@ -229,7 +229,7 @@ def show(seen: Seen | None) -> np.ndarray | None:
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
   """Registers functions that update the page when a file, example, layer or head is chosen.
 
-  `seen` holds the `Seen` of the image that a visitor's session currently shows.
+  `seen` is the state of a visitor's session: the `Seen` of the image that the page shows.
   """
 
   def check_menus(layer: str, head: str):
@@ -272,7 +272,7 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
   for part in (file, layer, head):
     refuse_addresses(part)
   quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
-  model = dict(concurrency_id='model', concurrency_limit=1)  # one limit for all its requests
+  model = dict(concurrency_id='model', concurrency_limit=1)  # one limit for all calls of the model
   outputs, chosen, rest = [label, picture, seen], [layer, head], [given, labels]
   uploaded = file.upload(nothing, None, [*outputs, *rest], **quiet).then(
     classify, [file, *chosen], outputs, api_name='predict', **model

@@ -203,7 +203,7 @@ def as_json(found: Iterable[dict]) -> None:
 
 
 def as_csv(found: Iterable[dict]) -> None:
-  """Prints one CSV line for each class of each file, with the most likely class of a file first.
+  """Prints one CSV line for each predicted class of a file, the most likely class first.
 
   A file without a predicted label has one line, in which all columns except `file` are empty. Files
   that cannot be read are skipped.

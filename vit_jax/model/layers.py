@@ -85,7 +85,7 @@ class Dense(nn.Module):
     y = matmul(x.astype(self.dtype).reshape(-1, matrix[0]), kernel)
     if self.use_bias:
       bias = self.param('bias', self.bias_init, self.features)
-      y = (y + bias.reshape(-1)).astype(self.dtype)  # the bias's gradient sums in float32
+      y = (y + bias.reshape(-1)).astype(self.dtype)  # the bias's gradient is summed in float32
     return y.reshape(*batch, *self.features)
 
   def weights(self, inputs: tuple[int, ...]) -> jax.Array:
@@ -129,8 +129,8 @@ class Dropout(nn.Module):
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
   """Returns a random mask, bool of the given shape: True for values that dropout keeps.
 
-  The rate is rounded to a multiple of 2^-16. Random numbers are a large part of the cost of
-  dropout, so each 32-bit number decides about two values.
+  Random numbers are a large part of the cost of dropout, so each random 32-bit number decides about
+  two values. Each decision has 16 bits, so the rate is rounded to a multiple of 2^-16.
   """
   *outer, inner = shape
   word = jax.random.bits(key, (*outer, -(-inner // 2)), jnp.uint32)

@@ -31,8 +31,8 @@ class Pool:
     params: names of the top-level parameters that the pool adds to the model. The function
       `last_layer` also returns these names.
     linear: whether the vector is a fixed weighted mean of tokens, or several such means
-      concatenated. If True, an attention map is the mean of the attention of all query tokens. Each
-      query token is weighted by how much it contributes to the vector (`maps.pool_shares`).
+      concatenated. If True, attention maps average the attention of all query tokens. The weight of
+      a query token is its share of the vector (`maps.pool_shares`).
     probe: for a pool with learned attention, a function `(model, sown) -> share_BKN` that returns
       the attention weight of each token. `sown` is Flax's collection `intermediates` that the model
       returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
@@ -140,8 +140,8 @@ POOLS = {
     params=('map',),
     probe=map_probe,
     caption=(
-      'the patches attend to, weighted by the attention of the probe, and (in the row "pool") what '
-      'the probe attends to'
+      "the patches attend to, weighted by the attention of the pool's learned query, and (in the row "
+      '"pool") what this query attends to'
     ),
   ),
   'cls_gap': Pool(  # DINOv2's classifier

@@ -33,8 +33,8 @@ VARIANTS = {
 }
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
 # in pixels of the image, not of the feature map. Published hybrids: R50+B/16, R50+L/32, R26+B/32,
-# R26+S/32, R+Ti/32. The last one was published as R+Ti/16. Its stem reduces the image by a factor
-# of 4, and its patches are 8x8 positions of the feature map, so 32x32 pixels of the image.
+# R26+S/32, R+Ti/32. R+Ti/32 was published under the name R+Ti/16. Its stem reduces the image by a
+# factor of 4, and its patches are 8x8 positions of the feature map, so 32x32 pixels of the image.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),
@@ -63,8 +63,8 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
     **overrides: any attribute of `ViT`; None keeps the variant's value.
 
   Raises:
-    ValueError: an unknown variant or choice, or sizes that do not fit together. The message lists
-      the valid values.
+    ValueError: the variant, an attribute or the name of an option is unknown; the message lists
+      valid names. Or the sizes do not fit together.
   """
   fields = {'num_classes': num_classes} | (variant_fields(variant) if variant else {})
   for key, value in overrides.items():

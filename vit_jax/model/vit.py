@@ -33,8 +33,8 @@ class ViT(nn.Module):
   """The Vision Transformer: patches to tokens to logits (paper, Section 3.1, equations 1 to 4).
 
   Attributes:
-    num_classes: width of the head; None for a model without a head, which returns the features that
-      `pool` gives.
+    num_classes: L, number of classes. None for a model without a head, which returns the pooled
+      features.
     patch_size: (height, width) of a patch in pixels.
     embedding_size: (height, width) of the patches that the parameters of the embedding are for. For
       another `patch_size`, the embedding is resized (`patching.py`). None: the patch size.
@@ -163,7 +163,7 @@ class ViT(nn.Module):
     example_B: jax.Array | None = None,
     seen_BS: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns the logits `[B, L]` in float32, or features of type `dtype` without `num_classes`.
+    """Returns logits `[B, L]` in float32, or features of type `dtype` if `num_classes` is None.
 
     Args:
       image_BHWC: normalised images; H and W are multiples of the patch size. Images of different
@@ -175,7 +175,7 @@ class ViT(nn.Module):
         dropped after their positions are added. None: all patches.
 
     Returns:
-      Logits; without `num_classes`, the pooled features, or all tokens if `pool='none'`.
+      Logits. If `num_classes` is None: the pooled features, or all tokens if `pool='none'`.
 
     Raises:
       ValueError: the patch size does not divide the image size, or the model cannot read `Padded`.
@@ -213,7 +213,7 @@ class ViT(nn.Module):
     if self.examples is not None:
       return KnnHead(self.num_classes, self.examples, name='head')(x)
     # The head is initialised with zeros (Appendix B.1.1), so all first logits are 0, and the first
-    # loss is log L.
+    # softmax loss is log L.
     return Dense((self.num_classes,), kernel_init=nn.initializers.zeros, name='head')(x)
 
   def cut(self, image_BHWC: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ LOSSES: dict[str, Loss] = {'softmax': softmax, 'sigmoid': sigmoid}
 
 
 def choose_loss(name: str, several: bool) -> Loss:
-  """Returns the loss function `LOSSES[name]`, if it can handle the labels of a dataset.
+  """Returns the loss function `LOSSES[name]`, if it supports the labels of a dataset.
 
   Args:
     name: name of the loss.

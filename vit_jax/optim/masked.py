@@ -223,7 +223,7 @@ def num_unseen(count: int, share: float) -> int:
   if not 0 < seen < count:
     raise ValueError(
       f'masked.share={share:g} would leave {seen} of {count} patches of an image visible. Choose a '
-      'value that hides at least one patch and leaves at least one, e.g. 0.75.'
+      'value that leaves at least one patch hidden and one patch visible, e.g. 0.75.'
     )
   return count - seen
 

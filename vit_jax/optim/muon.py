@@ -27,7 +27,9 @@ from vit_jax.model import ADAPTED, stored_transpose, wants_stored
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 
-RMS = 0.2  # of an update's elements, similar to AdamW (Liu et al. 2025, 2502.16982, Section 2.2)
+# Root mean square of an update's elements, similar to AdamW (Liu et al. 2025, 2502.16982, Section
+# 2.2).
+RMS = 0.2
 
 
 def block_matrices(params: dict) -> dict:
@@ -105,7 +107,7 @@ def from_wide(
 
 
 def over_devices(x_KMN: jax.Array, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
-  """Applies `newton_schulz` to K matrices; each device of the mesh takes its share of them."""
+  """Applies `newton_schulz` to K matrices, which are divided among the devices of the mesh."""
   count = len(x_KMN)
   x_KMN = jnp.pad(x_KMN, ((0, -count % mesh.size), (0, 0), (0, 0)))  # a zero matrix stays zero
   stored = target(mesh).platform == 'cpu' and wants_stored(dtype)

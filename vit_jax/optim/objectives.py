@@ -33,10 +33,10 @@ class Objective:
 
   Attributes:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
-      augmented uint8 `image`, and `label`. Its entry `example` is the position of each image in the
-      batch. If images are mixed in pairs, `own` is the weight of each image in its mix. If the run
-      has a teacher, `params['teacher']` has its parameters. The training accuracy is computed from
-      the logits, which are None if `labels` is False.
+      augmented images `image`, uint8, and their labels `label`. `example` is the position of each
+      image in the batch. If images are mixed in pairs, `own` is the weight of each image in its
+      mix. In a run with a teacher, `params['teacher']` has the teacher's parameters. The training
+      accuracy is computed from the logits, which are None if `labels` is False.
     rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. If
       `labels` is False, the result has no logits. In the batch, `example` is the index of an image
       in its split.

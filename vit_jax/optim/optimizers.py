@@ -68,7 +68,7 @@ def muon(
   """Returns an optimizer: Muon (Jordan et al. 2024) for kernels in blocks, AdamW for other params.
 
   The orthogonal update is scaled to the size of AdamW's update (Liu et al. 2025, 2502.16982,
-  Section 2.2), so Muon and AdamW use the same learning rate. In optax, both use Nesterov momentum.
+  Section 2.2), so Muon and AdamW use the same learning rate. Both use Nesterov momentum here.
   The `update` of this optimizer has two more arguments (see `orthogonalized`).
 
   Args:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 ARRAYS = ('names', 'embeddings', 'logit_scale')
 # Valid range of `logit_scale`. Its initial value is 14.3 in CLIP and 10 in SigLIP, and training
-# increases it. The logarithm of `LARGEST` is 6.9, so no logarithm of a valid value is in the range.
+# increases it. The logarithm of `LARGEST` is 6.9, so the logarithm of a valid value is never valid.
 SMALLEST, LARGEST = 7.0, 1000.0
 
 

@@ -12,7 +12,8 @@ LIBRARY_PRODUCTS = ('gemm', 'matmul', 'conv')  # parts of the names of library c
 # Path of an operation of attention, except the products for queries, keys, values and output.
 ATTENTION = re.compile(r'/attention/(?!(?:query|key|value|out)/)')
 
-# Parts of an operation's path that name neither a module nor a primitive.
+# Parts of an operation's path that labels omit: the outermost modules, and control flow and
+# transformations of JAX.
 AROUND_MODULES = re.compile(
   r'^(?:shard_map|while|body|cond|closed_call|checkpoint|rematted_computation|ViT|Encoder_0|'
   r'branch_\d+_fun|jit\(.*|vmap\(.*)?$'

@@ -1,4 +1,4 @@
-"""Makes the table of `--mode=profile`: the time of each kind of operation, and the longest ones."""
+"""Makes the table of `--mode=profile`: times of all kinds of operations, and longest operations."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Profile:
     steps: number of recorded steps.
     devices: number and platform of the devices, e.g. `2 cpu`.
     kinds: milliseconds per step for each kind of operation in `KINDS`, for waiting, for idle time
-      and for unknown operations. The sum of all values is about `step_ms`.
+      and for time that could not be attributed. The sum of all values is about `step_ms`.
     longest: (label, kind, milliseconds per step) of the longest operations, the longest first.
   """
 

@@ -5,6 +5,8 @@ Decisions:
     all operations add up to the total time.
   * A collective gets time only while no other operation runs, because a collective that runs during
     another operation does not make the step longer.
+  * A container, such as a loop, only runs other operations. So the rules above ignore it, and it
+    gets time only while no other operation runs.
   * Waiting for a batch gets time only while no operation runs.
 """
 
