@@ -1,8 +1,8 @@
 """Creates, overrides, saves and compares configs; `keys.py` has the table of all keys.
 
 A config file in `configs/` starts from `default_config()` and changes some keys. `experiment.py`
-builds the model and its functions from a config. Lower packages such as `model` and `data` do not
-import this module; they get the values of keys as arguments.
+builds the model and its functions from a config. Packages such as `model` and `data` do not import
+this module; their functions get the values of keys as arguments.
 """
 
 import ast
@@ -45,7 +45,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that have no value yet; the `init` weights or the data can set them later."""
+  """Returns the keys that `init` or the data can still set: None, or `auto` for `data.cache`."""
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}

@@ -249,7 +249,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   loss = choose_loss(keys.pop('name'), task.multi_label)
   check_classifier(config.classifier, task.multi_label)
   check_weights(keys.pop('class_weights'), task.class_names)
-  if task.stored_size == pair(config.data.image_size):  # images that are stored smaller are not cropped
+  if task.stored_size == pair(config.data.image_size):  # a smaller stored image is not cropped
     geometry = dict(crop=config.data.crop, stretch=config.data.stretch)
   arguments = config.augment.to_dict()
   if config.data.cache == 'stream':  # the decoder on the host already crops

@@ -67,8 +67,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   loaded = adapt(found, adaptation(config, found, len(classes), new_head))
   if new_head:
     log.info(
-      'The run starts with a classification head of zeros, because the weights have different or '
-      'unknown classes.'
+      'The run starts with a classification head of zeros, because the weights have no linear '
+      'head for these classes.'
     )
   return follow(config, loaded), loaded.params, names_of(loaded)
 

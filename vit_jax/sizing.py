@@ -138,9 +138,9 @@ def choose_batch(config: ConfigDict, count: int | None) -> int:
 def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   """Returns the splits for training and for validation.
 
-  If `data.val_split` is None, the dataset's own validation split is used. If the dataset has none
-  and `data.train_split` is None too, a part of the training images is held out. The validation
-  split is empty in all other cases, and if there are too few images to hold out a part.
+  A `data.val_split` that is set is kept. If it is None, the dataset's own validation split is used.
+  If the dataset has none and `data.train_split` is None, training images are held out. Otherwise,
+  and if too few images can be held out, the validation split is empty.
   """
   train, val = config.data.train_split, config.data.val_split
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
@@ -192,8 +192,8 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
 
   The image size is the largest size in `PATCHES` that is at most the median of the images' shorter
   sides. If the median is smaller than all sizes, the smallest size is used. If the dataset is not
-  available, the largest size is used. If the config or the variant sets a patch size, the image
-  size is then rounded down to a multiple of the patch size, but is at least one patch.
+  available, the largest size is used. If the config or the variant sets a patch size, the
+  image size is rounded down to a multiple of the patch size. It is at least one patch.
 
   Args:
     config: config of a new run.

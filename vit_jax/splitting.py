@@ -63,8 +63,8 @@ def open_splits(
   `seen` lists the files on which the weights were trained. These files are removed from the
   validation and test splits, with two exceptions for the validation split. If the run compares
   learning rates (`sweep`), its own training files stay, because its final training uses the
-  validation split too. If only files of `init` or the teacher would be left, they stay too
-  (`workdir.open_validation`).
+  validation split too. If the validation split would be empty, the files that only `init` or the
+  teacher was trained on stay (`workdir.open_validation`).
 
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole

@@ -39,7 +39,7 @@ def about(
   trained = source_text(exp.config.data, exp.task.train_examples)
   return {
     'Classes': classes_text(exp),
-    'Images': f'The model sees an image at {height} x {width} pixels. Details that need more pixels are lost.',
+    'Images': f'The model sees an image at {height} x {width} pixels. Finer details are lost.',
     'Accuracy': accuracy_sentence(measured if own else {}, exp.task.multi_label),
     'Probabilities': probabilities_text(exp, bool(changed)),
     'Training data': f'{trained}.' if exp.task.train_examples else 'Unknown.',

@@ -170,8 +170,8 @@ def save(
     preprocessing: how images must be prepared. None: pixels are scaled to [-1, 1], and images are
       resized to fit the position embeddings (`image_size`).
     class_names: names of the classes, in the order of the logits; None to store no names.
-    calibration: settings that turn logits into probabilities, for programs (StableHLO, ONNX). hf
-      stores only whether there are thresholds, npz and timm nothing. None: a temperature of 1.
+    calibration: settings that turn logits into probabilities. Programs (StableHLO, ONNX) apply all
+      settings; hf stores only whether there are thresholds. None: a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
     images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
       of activations. Other precisions do not use sample images.

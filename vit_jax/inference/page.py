@@ -101,7 +101,7 @@ class Viewer:
     return [ROLLOUT, *blocks, *['pooling'] * (self.rows - len(blocks))]
 
   def guesses(self, seen: Seen) -> dict[str, float]:
-    """Returns `{class name: probability}`; a name that occurs again is followed by its index."""
+    """Returns `{class name: probability}`; a repeated name is followed by its class index."""
     found = {}
     for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
       found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])

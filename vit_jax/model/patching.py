@@ -165,7 +165,7 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
     patch_size: (height, width) of a patch.
     most: maximum number of patches.
   """
-  # Measured in patches, height and width of the image are in the ratio down : across. At the
+  # In units of patches, height and width of the image are in the ratio down : across. At the
   # largest factor, a side has exactly k patches for some integer k. So the search tries each k for
   # each side. `down` and `across` are integers, so the rounding up is exact.
   down, across = size[0] * patch_size[1], size[1] * patch_size[0]

@@ -140,8 +140,8 @@ POOLS = {
     params=('map',),
     probe=map_probe,
     caption=(
-      "the patches attend to, weighted by the attention of the pool's learned query, and (in the row "
-      '"pool") what this query attends to'
+      'the patches attend to, weighted by the attention of the learned query, and (in the row '
+      '"pool") what the learned query attends to'
     ),
   ),
   'cls_gap': Pool(  # DINOv2's classifier

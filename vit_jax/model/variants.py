@@ -34,7 +34,7 @@ VARIANTS = {
 # Hybrids (paper, Section 3.1): a ResNet's stages, then a ViT on its feature map. The patch size is
 # in pixels of the image, not of the feature map. Published hybrids: R50+B/16, R50+L/32, R26+B/32,
 # R26+S/32, R+Ti/32. R+Ti/32 was published under the name R+Ti/16. Its stem reduces the image by a
-# factor of 4, and its patches are 8x8 positions of the feature map, so 32x32 pixels of the image.
+# factor of 4. A patch is 8x8 positions of the feature map, which are 32x32 pixels of the image.
 VARIANTS |= {
   'R50+B': VARIANTS['B'] | dict(resnet=(3, 4, 9)),
   'R50+L': VARIANTS['L'] | dict(resnet=(3, 4, 6, 3)),

@@ -2,8 +2,8 @@
 
 Decisions:
   * optax keeps the momentum and updates all other parameters. optax could also orthogonalize, but
-    would do so on every device, and in float32. results/notes.md has the times of both ways for
-    `small` on two CPU cores.
+    would do so on every device, and in float32. The file results/notes.md compares the times of
+    both ways, for the variant `small` on two CPU cores.
   * Each device orthogonalizes its share of the kernels, and sends the result to the others.
   * The matrix products use the compute type of the model. Jordan et al. use bfloat16 even for
     models in float32, because errors in the singular values of an update hardly matter.
@@ -23,7 +23,7 @@ from vit_jax.distributed import replicated, target
 from vit_jax.model import ADAPTED, stored_transpose, wants_stored
 
 # Newton-Schulz iteration of Jordan et al. 2024: `x <- a x + b (x x^T) x + c (x x^T)^2 x`. These
-# coefficients move small singular values towards 1 quickly, but end only between 0.7 and 1.2.
+# coefficients move small singular values towards 1 quickly, but only to between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 

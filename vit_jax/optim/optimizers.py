@@ -90,8 +90,8 @@ def muon(
   )
   return optax.chain(
     orthogonalized(momenta),
-    # The weight decay is a separate step, because the weight decay inside optax's Muon would either
-    # skip the embedding and the head, or also decay all biases.
+    # Weight decay is a separate step. Inside optax's Muon, it would either skip the embedding and
+    # the head, or also apply to all biases.
     optax.add_decayed_weights(weight_decay, mask=is_matrix),
     optax.scale_by_learning_rate(schedule),
   )
