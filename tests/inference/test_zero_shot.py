@@ -130,7 +130,7 @@ WRONG = [
   (dict(embeddings=np.ones((3, 9), 'f4')), 'have width 9, but the features .* have width 12'),
   (
     dict(logit_scale=np.array(4.6052)),
-    'looks like the logarithm.*exponential of the value instead: 100.003',
+    'looks like the logarithm.*the factor itself: 100.003',
   ),
   (dict(logit_scale=np.array(-1.0)), r'logit_scale=-1: expected the factor.*from 7 to 1000\.$'),
   (dict(logit_scale=np.array(2.7e43)), r'logit_scale=2.7e\+43'),

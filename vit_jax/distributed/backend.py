@@ -78,8 +78,8 @@ def portable() -> contextlib.AbstractContextManager[None]:
 def needed() -> Iterator[None]:
   """Context manager that turns JAX's error about missing devices into a ValueError with a remedy.
 
-  The context manager looks for devices only after an error. A check before its block would start
-  JAX before `joined` has connected the processes.
+  It looks for devices only after an error. An earlier check would start JAX, but `joined` must
+  connect the processes first.
   """
   try:
     yield

@@ -91,8 +91,8 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
 
   If the checkpoint has no calibration (temperature or thresholds), a calibration is first fitted on
   the validation split of the run. If the request sets `max_patches`, nothing is fitted. The fitted
-  calibration is saved, unless the request overrides a config key that begins with an entry of
-  `INPUT`. Such a key changes what the model computes from an image.
+  calibration is saved, unless the request overrides a key that changes what the model computes from
+  an image (`INPUT`).
 
   Published weights have no workdir, so nothing is fitted or written for them. If the workdir cannot
   be written, a warning is logged.

@@ -116,8 +116,8 @@ def unit_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, 
 def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray, np.ndarray]:
   """Returns `rope_angles` as in EVA-02 (Fang et al. 2023, 2303.11331, Section 2.1).
 
-  Each patch has the coordinates of its top left corner. The unit is a patch of `model.rope_grid`,
-  or of `whole` if `model.rope_grid` is None.
+  The position of a patch is its top left corner. It is measured in patches of the grid
+  `model.rope_grid`, or of `whole` if `model.rope_grid` is None.
   """
   sizes = model.rope_grid or whole
   rows, columns = (np.arange(n) * (size / n) for n, size in zip(grid, sizes))

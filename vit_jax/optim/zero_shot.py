@@ -206,8 +206,8 @@ def check_scale(arrays: Mapping[str, np.ndarray], origin: str) -> float:
   hint = ''
   if 0 < value < SMALLEST:
     hint = (
-      ' The value looks like the logarithm of this factor, which checkpoints store. Write the '
-      f'exponential of the value instead: {np.exp(value):.6g}.'
+      ' The value looks like the logarithm of this factor. Checkpoints store the logarithm, but '
+      f'this file needs the factor itself: {np.exp(value):.6g}.'
     )
   raise ValueError(
     f'{origin}: logit_scale={value:.6g}: expected the factor by which the cosine similarity is '
