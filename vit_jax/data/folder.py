@@ -56,7 +56,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """Position of each file, increasing, rescaled so that the range `span` becomes [0, 1)."""
+    """The `position` of each file, scaled from the range `span` to [0, 1); in increasing order."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 

@@ -67,7 +67,10 @@ def code_after(error: BaseException) -> int:
 
 
 def is_from_runtime(error: BaseException | None) -> bool:
-  """Returns whether the end of another process can have caused an error; False for MemoryError."""
+  """Returns whether `error` can be a consequence of the end of another process.
+
+  A MemoryError never is.
+  """
   while error is not None and not isinstance(error, MemoryError):
     # Gloo sends data between CPUs. A process that waits too long for another one raises
     # TimeoutError.

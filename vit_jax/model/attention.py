@@ -40,9 +40,10 @@ def select_kernel(
 ) -> Callable:
   """Returns the attention kernel `(query, key, value, keep, rate) -> y_BQKE` for given arrays.
 
-  `plain` describes the arguments of the kernel. On a CPU, every choice except `plain` gives
-  `with_gradient`. On other devices, `plain` is used where `flash` cannot run, even if the choice is
-  `cudnn`: for example in the MAP head, which has only one query, and for attention dropout.
+  The docstring of `plain` describes the arguments of a kernel. On a CPU, the kernel is
+  `with_gradient` unless the choice is `plain`. On other devices, `plain` is used where `flash`
+  cannot run, even if the choice is `cudnn`: for example in the MAP head, which has only one query,
+  and for attention dropout.
 
   Args:
     choice: one of `ATTENTION`.
