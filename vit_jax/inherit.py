@@ -140,8 +140,8 @@ def open_teacher(
 
   Returns:
     The teacher; None if the config names no teacher.
-    The files that the teacher was trained on, because the student indirectly learns from these
-      files. Without a teacher, there are no files.
+    The files that the teacher was trained on; none without a teacher. No test of the student may
+      use these files, because the student learns from them indirectly.
 
   Raises:
     ValueError: the weights do not exist, have no head, or do not fit the data.

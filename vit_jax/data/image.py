@@ -248,7 +248,7 @@ def decode_part(
 def is_ordinary(opened: Image.Image, encoded: bytes, channels: int) -> bool:
   """Returns whether a file is a complete, upright RGB JPEG, and `channels` is 3.
 
-  OpenCV decodes only such files. It would fill the missing parts of an incomplete file with grey.
+  Only such files are decoded with OpenCV, because it fills missing parts of a file with grey.
   """
   rgb = opened.format == 'JPEG' and opened.mode == 'RGB' and channels == 3
   return rgb and encoded.endswith(b'\xff\xd9') and orientation_of(opened) == 1

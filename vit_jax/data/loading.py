@@ -60,9 +60,9 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function that returns a (height, width) or None. If
-      the device would enlarge images from memory to `size`, the function returns their size in
-      memory, else None.
+    kept: None for evaluation. For training, a function that is called without arguments. It returns
+      the (height, width) at which images are kept in memory, if the device enlarges them later. It
+      returns None if they are kept at `size`.
   """
   if reading.cache != 'auto':
     return reading.cache

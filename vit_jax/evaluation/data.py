@@ -111,7 +111,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
   Args:
     experiment: the model's experiment.
     *parts: one pair for each split to open: the dataset, and the name of the split in TFDS
-      notation. All pairs must have the same dataset, but each can leave out different files.
+      notation. The dataset of all pairs must be the same, apart from the files that are left out.
 
   Returns:
     The splits, in the order of `parts`.

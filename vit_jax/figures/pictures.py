@@ -27,11 +27,11 @@ NOT_COMPARED = Missing('the test split was not evaluated.')
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-  """Attention maps of B drawn images, and attention distances averaged over more images.
+  """Attention maps of B images, and attention distances averaged over these and further images.
 
   Attributes:
-    rollout: `[B, h, w]`, attention rollout of the drawn images, for h x w patches.
-    heads: `[B, R, K, h, w]`, an attention map for each drawn image, row and head. R counts rows; a
+    rollout: `[B, h, w]`, attention rollout of the B images, for h x w patches.
+    heads: `[B, R, K, h, w]`, an attention map for each image, row and head. R counts rows; a
       row stands for a block, or for the pool.
     distance_DK: attention distance of D blocks and K heads in pixels, averaged over images.
     measured: number of images over which `distance_DK` is averaged.

@@ -35,7 +35,7 @@ def matmul(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def with_stored_transposes(x_NI: jax.Array, kernel_IO: jax.Array) -> jax.Array:
-  """Returns `x W`, `[N, O]`, with a gradient that multiplies copies of `x^T` and `W^T`.
+  """Returns `x W`, `[N, O]`. Its gradients are products with copies of `x^T` and of `W^T`.
 
   `stored_transpose` makes the copies. `wants_stored` says when the copies save time.
   """

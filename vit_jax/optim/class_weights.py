@@ -44,8 +44,8 @@ def parse_weights(text: str) -> dict[str, float] | None:
   rest = ENTRY.sub('', text).strip()
   if not found or rest or not all(0 < weight < math.inf for weight in found.values()):
     raise ValueError(
-      f'loss.class_weights={text!r}: expected none, balanced, or positive weights of some classes '
-      'such as cat=2,dog=0.5. Classes that are not named have the weight 1.'
+      f'loss.class_weights={text!r}: expected "none", "balanced", or positive weights of '
+      'classes, such as cat=2,dog=0.5. Classes that are not named have the weight 1.'
     )
   return found
 

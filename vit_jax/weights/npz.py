@@ -207,7 +207,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Counts the different texts that the group of `pattern` matches in the array names `inside`."""
+  """Returns how many different texts the group in `pattern` matches in names of arrays."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 
