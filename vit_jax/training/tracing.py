@@ -192,8 +192,8 @@ def is_program(value: object) -> bool:
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
   """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
 
-  The name stack names the modules that computed the output. An array that is returned in two shapes
-  is yielded only once. `of_batch` are the inputs of the function that belong to the batch.
+  The name stack names the modules that computed the output. If the function returns an array in
+  two shapes, only one is yielded. `of_batch` are the function's inputs that belong to the batch.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

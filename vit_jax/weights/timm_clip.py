@@ -30,8 +30,9 @@ def head_fields(
 ) -> dict:
   """Returns the attributes `num_classes` and `projection` of `ViT` for the head in a file of timm.
 
-  A config does not tell whether the head is CLIP's projection. But only CLIP has a LayerNorm before
-  the encoder, and only the bias of a projection is zero: training a classifier changes its bias.
+  A config does not tell whether the head is CLIP's projection. It is one if three conditions hold:
+  the config names no classes, the model has a LayerNorm before the encoder (only CLIP has one), and
+  the bias of the head is zero. Training would have changed the bias of a classifier.
 
   Args:
     count: number of outputs of the head; None if the config has no head.

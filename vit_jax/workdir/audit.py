@@ -153,7 +153,7 @@ def copies(
 ) -> Iterator[str]:
   """Yields a warning for each pair of splits that contain files with the same bytes.
 
-  A file whose copy has the same name hash is not reported, as explained at the top.
+  Copies that have the same name are not reported. The docstring of this module gives the reason.
 
   Args:
     pool: threads that read the files.

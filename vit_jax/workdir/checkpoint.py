@@ -197,10 +197,10 @@ def check_finite(params: dict, step: int) -> None:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def copy_state(previous, state):
-  """Returns a copy of `state` in the memory of `previous`, or in new memory without `previous`.
+  """Returns a copy of `state` in the memory of `previous`; in new memory if `previous` is None.
 
-  Reusing memory saves time, because the operating system provides new memory in small pages at
-  their first use. Providing new memory takes longer than copying the state.
+  Reusing memory saves time. For the operating system, providing new memory takes longer than
+  copying the state.
   """
   del previous
   return jax.tree.map(jnp.copy, state)
