@@ -41,7 +41,7 @@ def test_a_class_without_images_does_not_change_the_others():
 
 
 @pytest.mark.parametrize('text, message', [
-    ('balance', "'balance': expected none, balanced, or positive weights"),
+    ('balance', "'balance': expected \"none\", \"balanced\", or positive weights"),
     ('cow=2', "class: unknown 'cow'"), ('dog=-1', 'positive'), ('dog=x', 'positive'),
     ('dog=2,ant', 'positive'), ('', 'positive'), ('dog=nan', 'positive'), ('dog=inf', 'positive'),
 ])  # fmt: skip
