@@ -8,7 +8,7 @@ CIFAR-10 or Tiny-ImageNet without labels, and the other half on fine-tuning with
 with labels uses 1%, 10% or all of the training images of CIFAR-10, and always the recipe of
 `cifar10.py:tiny`. So rows with the same images differ only in `init` and in the number of epochs,
 which follows from the compute. In addition, a linear classifier is trained on each pretrained
-model.
+model, and on a model with random weights.
 
 The results are written to `results/masked.json`. Repeating the command resumes an interrupted
 comparison. Flags `--config.<key>=<value>` apply to all runs.
@@ -83,8 +83,10 @@ def main(argv: list[str]) -> None:
       run(f'{name}_{label}', TINY, part | {'init': init}, 0.5)
   for name, init in pretrained.items():
     run(f'{name}_probe', PROBE, cifar10 | {'init': init})
+  run('random_probe', PROBE, cifar10)
   for name, row in result['rows'].items():
-    print(name, f'{row.get("test_accuracy", float("nan")):.2%}', row['recipe'])
+    if row['test_accuracy'] is not None:
+      print(name, f'{row["test_accuracy"]:.2%}', row['recipe'])
 
 
 if __name__ == '__main__':
