@@ -8,12 +8,12 @@ The first command pre-trains a model. The second runs the comparison and writes 
 `results/adaptation.json`. `cifar10` is an image folder with `train/` and `test/`.
 
 For each dataset in `DATASETS` and each seed, training images are chosen at random. Every method
-trains and validates on the chosen images, and is tested on all test images of their classes. A run
-sees at most 100,000 images in total, and each image at most 60 times. The linear probe is an
-exception: it computes the features of each image once, and then trains for 50 epochs on the
-features. `distilled` is trained like `scratch`, but with a teacher: the `finetune` run that has the
-same dataset and seed. `--mode=eval` measures the accuracies. Repeating the command resumes an
-interrupted comparison.
+uses only the chosen images for training and validation, and is tested on all test images of their
+classes. A run sees at most 100,000 images in total, and each image at most 60 times. The linear
+probe and the methods in `FEWSHOT` are exceptions, which compute the features of each image once.
+The probe then trains on the features for 50 epochs. `distilled` is trained like `scratch`, but with
+a teacher: the `finetune` run that has the same dataset and seed. `--mode=eval` measures the
+accuracies. Repeating the command resumes an interrupted comparison.
 """
 
 import argparse
@@ -47,7 +47,7 @@ METHODS = {  # name: (config, config key for weights of an earlier run, which ea
 
 
 def chosen(folder: pathlib.Path, classes: list[str], wanted: dict | int, seed: int) -> list[tuple]:
-  """Returns the rows (path, label, split) of a dataset: a random choice of the training images."""
+  """Returns a dataset as rows (path, label, split), with a random choice of training images."""
   rows = []
   for name in classes:
     files = sorted((folder / 'train' / name).iterdir())

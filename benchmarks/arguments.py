@@ -1,4 +1,4 @@
-"""Parses a benchmark's arguments: `--help` shows its docstring, errors are one line."""
+"""Argument parser of the benchmarks: `--help` prints the docstring; each error is one line."""
 
 import argparse
 import re

@@ -1,14 +1,15 @@
 """Kills runs whose workdir is in a bucket, damages checkpoints, and checks that all runs recover.
 
     python -m benchmarks.bucket_faults                  # 30 minutes; writes bucket_faults.json
-    python -m benchmarks.bucket_faults 2 8 short.json   # 2 kills and 8 damages, another file
+    python -m benchmarks.bucket_faults 2 8 short.json   # kills 2 runs, damages 8 checkpoints
 
 The bucket is on this machine: `tests/fake_gcs.py` is a server that imitates Google Cloud Storage.
 The data are scikit-learn's digits as an image folder. Each run is killed with SIGKILL at a random
-time after a random step. The command is then repeated, which also takes over the lock of the killed
-process. The final parameters, optimizer state and averaged parameters must be identical to those of
-an undisturbed run with a local workdir and local data. Finally, `main.py` evaluates, uses and
-exports the finished run. Nothing may be written on this machine outside a scratch folder.
+time after a random step. The command is then repeated: it must resume the run, and take over the
+lock of the killed process. The final parameters, optimizer state and averaged parameters must be
+identical to the ones of an undisturbed run with a local workdir and local data. Finally, `main.py`
+evaluates the finished run, predicts with it and exports it. Nothing may be written on this machine
+outside a scratch folder.
 
 After the kills, checkpoints of the last run are damaged in the ways that `benchmarks.faults` lists.
 """
@@ -49,7 +50,7 @@ OTHERS = {  # modes that read the finished run, with their flags
 
 
 def write_digits(folder: pathlib.Path) -> pathlib.Path:
-  """Writes the digits as PNG files into `digits/<split>/<class>/`, and returns one of them."""
+  """Writes the digits as PNG files into `digits/<split>/<class>/`; returns the path of one."""
   found = datasets.load_digits()
   for i, (image, label) in enumerate(zip(found.images, found.target)):
     file = folder / 'digits' / ('train' if i % 5 else 'test') / str(label) / f'{i}.png'

@@ -4,20 +4,19 @@
     python -m benchmarks.checkpoint tiny 1 short.json  # another model, fewer repeats, another file
 
 The benchmark saves the training state of a model, first in a run with one process, then in a run
-with two processes. The state of B/16 has 1 GB, including Adam's moments and the averaged weights.
+with two processes. The state of B/16 has 1.4 GB, including Adam's moments and the averaged weights.
 Each process has two devices, and the state is sharded over all devices of the run (fsdp). Each run
 is measured with two methods of saving:
-  * `shards`: how checkpoints are saved now. A single process copies its arrays and lets orbax save
-    the copies in a thread. Each of several processes that can all write to the workdir saves its
-    own part of the arrays.
-  * `gathered`: how version 0.1 saved checkpoints. All arrays are gathered to process 0, and their
-    SHA-256 is computed. Several processes that cannot all write to the workdir still gather the
-    arrays, but without SHA-256.
+  * `shards`: the present method, if all processes can write to the workdir. Each process saves its
+    part of the arrays. A single process copies its arrays, and orbax saves the copies in a thread.
+  * `gathered`: the method of version 0.1. All processes gather the whole arrays, and process 0
+    computes their SHA-256. If some process cannot write to the workdir, the present version also
+    gathers the arrays, but computes no SHA-256.
 
 Seconds are medians without the first save of each process, which includes compilation.
-`blocked_seconds` is the time of the call that saves. `overwritten_seconds` also includes the time
-until the next training step, here a dummy, has overwritten the state. `peak_gib` is the largest
-memory of process 0, including the state. Each method runs in new processes.
+`blocked_seconds` is the time of the call that saves. `overwritten_seconds` is the time from the
+start of this call until the next training step, here a dummy, has overwritten the state. `peak_gib`
+is the largest memory of process 0, including the state. Each method runs in new processes.
 """
 
 import argparse

@@ -162,7 +162,7 @@ def trace_step(exp: Experiment, training: Training, mesh: Mesh) -> jax.stages.Tr
 
 @contextlib.contextmanager
 def without_cudnn():
-  """Lets JAX lower cuDNN's kernels without cuDNN, by faking the version of cuDNN."""
+  """Fakes the version of cuDNN, so that JAX can lower cuDNN's kernels where cuDNN is missing."""
   name = 'jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version'
   with mock.patch(name, lambda: 91000):
     yield
@@ -183,7 +183,7 @@ def lower(config: ConfigDict, platform: str) -> dict:
 
 
 def describe(target: str, count: int) -> np.ndarray:
-  """Returns JAX's descriptions of the target's devices; of GPUs, 8 share a host."""
+  """Returns JAX's descriptions of the target's devices. A host has 8 GPUs."""
   if target == 'h200':
     shape = f'{max(count // 8, 1)}x1x{min(count, 8)}'
     found = topologies.get_topology_desc(
@@ -243,7 +243,7 @@ def compile_row(row: Row) -> dict:
 
 
 def attempt(row: Row) -> dict:
-  """Compiles a row; if it does not fit into memory, also looks for flags with which it fits."""
+  """Compiles a row. If the step does not fit into memory, also tries the flags in `REMEDIES`."""
   found = compile_or_refuse(row)
   if found['fits']:
     return found
@@ -265,7 +265,7 @@ def compile_or_refuse(row: Row) -> dict:
 
 
 def version_of(target: str) -> str:
-  """Returns the package that contains the compiler, with its version."""
+  """Returns the name and the version of the package that contains the compiler."""
   name = 'jax-cuda12-pjrt' if target == 'h200' else 'libtpu'
   return f'{name} {importlib.metadata.version(name)}'
 
@@ -281,7 +281,7 @@ def stored() -> dict[tuple, dict]:
 
 
 def check() -> list[str]:
-  """Compiles the rows of `CHECKED`, and returns how they differ from the stored results."""
+  """Compiles the rows in `CHECKED`, and returns the differences from the stored results."""
   differ = []
   for row in CHECKED:
     found, before = compile_row(row), stored()[key_of(vars(row))]

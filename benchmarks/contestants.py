@@ -1,7 +1,7 @@
 """The ViT implementations that `benchmarks.speed` compares, called contestants.
 
-`CONTESTANTS[name](work, size)` returns a `Program`. `size` is the result of `works.sizes`, which is
-computed in another process, because it imports JAX. PyTorch must run in a process without JAX.
+`CONTESTANTS[name](work, size)` returns a `Program`. `size` is the result of `works.sizes`. That
+function imports JAX, so it runs in another process. PyTorch must run in a process without JAX.
 
 Every contestant has the same workload: random images already on the device, and the same batch
 size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.

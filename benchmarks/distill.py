@@ -5,9 +5,9 @@
     python -m benchmarks.distill runs/teacher folder:cifar10 runs/distill
 
 The first command trains the teacher. The second trains students with and without this teacher, and
-writes `results/distill.json`. A student is the model `tiny` with half the width. Students with
-equal seeds see the same images in the same order. Therefore, the gain is computed for each seed, as
-the difference between the students with and without the teacher, and then averaged over the seeds.
+writes `results/distill.json`. A student is the model `tiny` with half the width. The gain is the
+accuracy of a student with the teacher minus the accuracy of a student without it. Both students
+have the same seed, so they see the same images in the same order. Gains are averaged over seeds.
 The students `token_...` have a distillation token and are compared with `token_alone`. Repeating
 the command resumes an interrupted comparison.
 """

@@ -4,16 +4,16 @@
     python -m benchmarks.faults 2 1 8 short.json   # fewer faults, another file
 
 The first command kills 40 runs of one process and 12 of two processes, and loads 230 checkpoints,
-most of which are damaged. The second command sets these three numbers to 2, 1 and 8.
+of which 130 are damaged. The second command sets the numbers 40, 12 and 230 to 2, 1 and 8.
 
 A run is killed with SIGKILL at a random time after a random step. Because the runs spend most of
 their time saving checkpoints, a signal often interrupts a save. With two processes, the signal goes
-to one or to both. Repeating the command of the run must resume it, and must lead to exactly the
-parameters, optimizer state and averaged parameters of an undisturbed run.
+to one or to both. The command of the run is then repeated. It must resume the run, and end with
+exactly the parameters, optimizer state and averaged parameters of an undisturbed run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
 emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
-previous checkpoint must be used. Two more cases are tried in the same way (`DAMAGES`):
+previous checkpoint must be used. `DAMAGES` contains two more cases:
   * `torn`: as after a power failure, the files that were written last are missing, and one file is
     incomplete. Such a checkpoint must not be used.
   * `none`: nothing is damaged. The newest checkpoint must be used.
@@ -209,7 +209,7 @@ def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, b
 
 
 def judge(workdir: pathlib.Path, finished: pathlib.Path, how: str) -> dict:
-  """Checks which checkpoint is loaded from a damaged copy of a finished run, and its arrays."""
+  """Loads a damaged copy of a finished run; checks which checkpoint is loaded, and its arrays."""
   newest = stored.latest_step(finished)
   loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
   stored.set_aside_damaged(workdir)  # as training does

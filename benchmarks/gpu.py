@@ -5,9 +5,9 @@
     python -m benchmarks.gpu --toy --results=/tmp/gpu     # every slice in seconds, on a CPU
 
 Each measurement, called a slice, runs in its own process and writes `results/gpu/<slice>.json`. The
-file says whether the slice is finished, and if not, why. Repeating the command skips finished
-slices. An interrupted slice resumes from its workdir below `runs/gpu/` if it trains; otherwise it
-starts again. A slice that failed is not tried again until the command is repeated. At the end, the
+file says whether the slice is finished and, if not, the reason. Repeating the command skips
+finished slices. An interrupted training run resumes from its workdir below `runs/gpu/`; other
+slices start again. A failed slice is tried again only if the command is repeated. At the end, the
 command prints the tables of all results.
 """
 
@@ -124,10 +124,12 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
 
 
 def attend(process: subprocess.Popen, seconds: float) -> int:
-  """Waits for a process, and ends it with all its children after these seconds.
+  """Waits at most `seconds` for a process, then ends it and all its children.
+
+  A process that still runs gets SIGTERM and `GRACE` seconds, for example to save a checkpoint.
 
   Returns:
-    The exit code. The process gets SIGTERM and `GRACE` seconds, for example to save a checkpoint.
+    The exit code.
   """
   try:
     with contextlib.suppress(subprocess.TimeoutExpired):

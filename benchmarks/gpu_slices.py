@@ -2,7 +2,7 @@
 
 A slice is a measurement that runs in its own process. A function has the signature `(folder, toy)
 -> result`. It may keep files in `folder`, and finds them there when it is called again. The result
-can be saved as JSON. With `toy`, the function takes only seconds on a CPU, as a test.
+can be saved as JSON. With `toy`, the function is a test that takes only seconds on a CPU.
 """
 
 import dataclasses
@@ -130,7 +130,7 @@ def rates() -> dict:
 
 
 def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
-  """Trains the same run twice, kills further runs, and compares the final states bit for bit.
+  """Trains a run twice, kills and resumes more runs of it, and compares all final states bitwise.
 
   The runs use `deterministic=True`. Each run compiles its own programs, to test that XLA makes the
   same choices in every compilation. At toy size, the runs share compiled programs.

@@ -63,7 +63,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table that compares both kernels; an error is the worst of output and gradients."""
+  """Returns the table of both kernels. An error is the largest error of output and gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))

@@ -35,8 +35,8 @@ def collectives(text: str) -> list[dict]:
     text: HLO of the compiled step.
 
   Returns:
-    For each kind and group size, the number of operations, and the bytes of the whole arrays, i.e.
-    before they are scattered or after they are gathered.
+    For each kind and group size, the number of operations, and the bytes of the whole arrays. These
+    are the bytes before a reduce-scatter, or after an all-gather.
   """
   operations, inside = {}, ''  # `inside` is the header of the computation that contains the line
   for line in text.splitlines():

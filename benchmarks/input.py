@@ -7,11 +7,11 @@ decode it, crop a random 8 to 100 % of its area and scale the crop to 224x224 wi
 The result is uint8 images in batches of 128.
 
 Each loader runs in its own process and may use all cores. Loaders take turns of a few seconds, so
-that other load on the machine affects all of them equally. Images per second per core are computed
-from the CPU time of a process and its children, because elapsed time favours the loader with the
-most threads if the machine is shared. A ratio is this project's rate divided by the rate of another
-loader. The median ratio over the rounds is reported, also for elapsed time. Loaders that are not
-installed are skipped.
+that other programs on the machine affect all loaders equally. Images per second per core are the
+images divided by the CPU time of a process and its children. On a shared machine, elapsed time
+would favour the loader with the most threads. A ratio is this project's rate divided by the rate of
+another loader. The file has the median ratio over the rounds, by CPU time and by elapsed time.
+Loaders that are not installed are skipped.
 
 The benchmark measures four more numbers:
   * the milliseconds that each available decoder takes in one thread;
@@ -263,7 +263,7 @@ def decoders(folder: pathlib.Path, count: int = 100) -> dict[str, float]:
 
 
 def in_memory(size: int = 50_000, batch: int = 512) -> float:
-  """Returns the images of 32x32 pixels that are gathered per second, in the best of ten rounds."""
+  """Returns how many 32x32 images are gathered per second, in the best of ten rounds."""
   draw = np.random.RandomState(0)
   pixels = draw.randint(0, 256, (size, 32, 32, 3), np.uint8)
   examples = Examples(pixels, draw.randint(0, 10, size).astype(np.int32))
@@ -342,7 +342,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns this project's rate divided by each other loader's, as a median; i as in `medians`."""
+  """Returns the median ratio of this project's rate to each other loader's; i as in `medians`."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

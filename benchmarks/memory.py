@@ -2,7 +2,7 @@
 
 The training step is compiled for the current backend, but is not run, so nothing is allocated. XLA
 reports the memory that the step needs, including its state and its batch. The benchmark compares
-this memory with the budget.
+this memory with the size that `--memory` gives in GiB.
 """
 
 import functools

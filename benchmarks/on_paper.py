@@ -9,7 +9,7 @@ its assumptions. docs/benchmarks.md explains the numbers. The file has two parts
     `model.remat`. `fsdp` is the smallest power of two with which a plan fits into memory. The row
     has the fastest plan that fits. `own_plan` is the plan that `main.py` would choose.
   * `compared`: a check of the calculation on steps that the compiler for TPUs has compiled
-    (`results/pods.json`). It has the ratios of calculated numbers and the compiler's numbers.
+    (`results/pods.json`). Each ratio is a calculated number divided by the compiler's number.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def compare(compiled: dict) -> dict:
 
 
 def table(result: dict) -> str:
-  """Formats the rows as a Markdown table. Two numbers `a / b` are a sharded and a gathered save."""
+  """Formats the rows as a Markdown table. `a / b` means: sharded save / gathered save."""
   lines = [HEADER, ['---'] * len(HEADER)]
   for row in result['rows']:
     saves, seconds = row['save'], row['seconds_of_step']

@@ -4,7 +4,7 @@
     python main.py --config=configs/folder.py:tiny --config.data.source=labels:pairs/labels.csv \
         --config.data.image_size=32,64 --workdir=runs/pairs
 
-Each image is used once, in a picture of its own split. Of every sixteen pictures, one has noise
+Each image is used at most once, in a picture of its own split. Of 16 pictures, one has noise
 instead of the right image, and another one has noise instead of both images. Noise has no label.
 """
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.photos folder 20000      # train/<class>/*.jpg, 1.5 GB
 
-Images are windows of noise. As in photographs, the noise has lower amplitude at higher frequency.
-The JPEG quality gives 0.55 bytes per pixel, as in ImageNet. Every call writes the same files.
+Images are parts of larger noise images. As in photographs, the noise has lower amplitude at higher
+frequency. With this JPEG quality, a file has 0.55 bytes per pixel, as in ImageNet. Every call
+writes the same files.
 """
 
 import argparse

@@ -89,7 +89,10 @@ def mesh_of(data: int, fsdp: int) -> AbstractMesh:
 
 
 def settings(variant: str) -> dict[str, str]:
-  """Returns the overrides of the default config: bfloat16, AdamW with float32 moments, no EMA."""
+  """Returns the overrides of the default config, for training in bfloat16.
+
+  The default config has AdamW with float32 moments, and no averaged weights.
+  """
   size = {'model.variant': variant, 'model.dtype': 'bfloat16', 'batch_size': str(BATCH)}
   return IMAGES | size
 
@@ -109,7 +112,7 @@ def study(variant: str) -> Model:
 
 @functools.cache
 def held(model: Model, mesh: AbstractMesh) -> tuple[int, int]:
-  """Returns two sizes in bytes on each chip: of the state, and of gradients plus images."""
+  """Returns the bytes of the state on each chip, and the bytes of gradients and images."""
   image = math.prod((*model.exp.task.stored_size, model.exp.task.channels))
   gradients = size_on_device(mesh, model.state.params)
   return size_on_device(mesh, model.state), gradients + BATCH // mesh.size * image
@@ -182,7 +185,7 @@ def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
 
 
 def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
-  """Returns the seconds of a step, for complete overlap of sending and computing, and for none."""
+  """Returns the seconds of a step, with complete overlap of sending and computing, and without."""
   products = BATCH // mesh.size * model.flops[plan.remat] / (USED * chip.peak)
   sending = seconds_sending(chip, mesh, collectives(model, mesh, plan))
   return {
@@ -229,7 +232,7 @@ def copied(mesh: AbstractMesh, tree, chips: int) -> int:
 
 
 def save(model: Model, chip: Chip, mesh: AbstractMesh, bucket: float) -> dict[str, dict]:
-  """Returns the seconds of a sharded save, and of a save that gathers all arrays in process 0.
+  """Returns the seconds of a sharded save, and of a save for which all arrays are gathered.
 
   Args:
     model: the model.

@@ -2,11 +2,11 @@
 
     python -m benchmarks.precision folder:cifar10 runs/precision
 
-The benchmark trains `configs/cifar10.py:tiny` for 3 epochs in the folder, unless it holds the
-finished run. Then it exports the run in every precision of ONNX and StableHLO, and measures each
-exported program on all test images. A B/16 with random weights is measured too, but only its file
-size and latency. The results are written to `results/precision.json`. Run the benchmark on an idle
-machine, because other programs change the latency.
+The benchmark trains `configs/cifar10.py:tiny` for 3 epochs in the workdir `runs/precision`, unless
+this run is already finished. Then it exports the run in every precision of ONNX and StableHLO, and
+measures each exported program on all test images. It also exports a B/16 with random weights, and
+measures only its file size and latency. The results are written to `results/precision.json`. Run
+the benchmark on an idle machine, because other programs change the latency.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PACKAGES = ('onnxruntime', 'onnx', 'jax2onnx', 'jaxlib')
 
 
 def rows(program: Program, exp: Experiment | None) -> dict[str, dict]:
-  """Returns what was measured of a program, by format and precision."""
+  """Measures a program in each format and precision, and returns the measurements."""
   found = {}
   for format, entry in FORMATS.items():
     if not entry.is_program:

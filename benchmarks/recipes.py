@@ -32,14 +32,14 @@ RUNS = pathlib.Path('runs/results')
 
 
 class Recipe(NamedTuple):
-  """A row of the table.
+  """A recipe with its goals; a row of the table in `results/README.md`.
 
   Attributes:
     config: `configs/<experiment>.py:<variant>`.
     overrides: config keys that are changed.
     seeds: number of runs, with seeds 0, 1, ...
     where: `cpu` for two CPU cores, or `gpu` for one GPU.
-    minutes: maximum time of a run on that machine.
+    minutes: maximum minutes of a run on the machine `where`.
     at_least: minimum test accuracy that we expect.
     aim: test accuracy that we hope for.
     reference: accuracy that others reached with the same model; empty if unknown.
@@ -107,8 +107,8 @@ are:
 - `reached`: measured test accuracy, as mean and standard deviation over runs with different seeds;
   `open` if the recipe has not been trained;
 - `minutes`: mean time of a run, from the compilation of the first step to the last evaluation on
-  the test images, so without the decoding of the data before training;
-- `limit`: the number of minutes that a run of the recipe should take at most.
+  the test images. It does not include the decoding of the data before training;
+- `limit`: maximum number of minutes that a run of the recipe should take.
 
 `python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by
 which we chose the recipes.
@@ -179,7 +179,7 @@ def row(name: str) -> str:
 def by_minutes(lines: list[dict]) -> tuple[list[float], list[float]]:
   """Returns the minutes of training before each test, and the test accuracies.
 
-  Minutes include neither compilation nor evaluation. `lines` are those of `metrics.jsonl`.
+  Minutes include neither compilation nor evaluation. `lines` are the lines of `metrics.jsonl`.
   """
   seconds, minutes, accuracies = 0.0, [], []
   for line in lines:

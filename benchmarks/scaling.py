@@ -3,10 +3,11 @@
     python -m benchmarks.scaling      # 10 minutes; results/scaling.json
 
 The file has two parts; docs/benchmarks.md explains them:
-  * `alike`: three layouts of `main.py` over loopback: 1 process with 4 devices, 2 processes with 2
-    devices each, and 4 processes with 1 device each. The 50 losses of each layout are compared with
-    the losses of the first layout, and the number of tested images is recorded.
-  * `measured`: the speed of 1, 2 and 4 processes, each with one device and the same work.
+  * `alike`: `main.py` trains six times over loopback, with the mesh axis `data` or `fsdp` and in
+    three layouts: 1 process with 4 devices, 2 processes with 2 devices each, and 4 processes with 1
+    device each. The 50 losses of each run are compared with the losses of the first run. The number
+    of tested images is recorded.
+  * `measured`: the speed of 1, 2 and 4 processes. Each process has one device and the same work.
 
 `python -m benchmarks.on_paper` calculates what TPU pods need.
 """
@@ -64,7 +65,7 @@ def train_lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def alike(folder: pathlib.Path) -> list[dict]:
-  """Trains the same run in each layout and compares its losses with the first layout."""
+  """Trains with each mesh axis and layout; compares the losses with the losses of the first run."""
   rows, first = [], None
   for mesh in MESHES:
     for processes, devices in LAYOUTS:

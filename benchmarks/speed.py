@@ -7,7 +7,7 @@
     python -m benchmarks.speed --memory=16 # the largest batches that fit in 16 GiB
 
 Each implementation, called a contestant, runs in its own process. In each round, every contestant
-runs once for half a second, while the others wait. Compilation and warm-up happen before the
+runs for at least half a second, while the others wait. Compilation and warm-up happen before the
 rounds. Rates are medians over the rounds. The ratio of two rates is computed in each round; the
 reported ratio is the median. Implementations that are not installed are skipped.
 """

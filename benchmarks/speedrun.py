@@ -78,7 +78,7 @@ def share(text: str) -> float:
 
 
 def check_attempt(args: argparse.Namespace) -> None:
-  """Raises ValueError or OSError for problems that would stop an attempt, or spoil its time."""
+  """Raises ValueError or OSError for problems that would stop an attempt or make its time wrong."""
   if 'seed' in args.overrides:
     raise ValueError(f'seed cannot be set: an attempt trains with the seeds 0 to {SEEDS - 1}')
   storage.check_folder(args.out)
@@ -110,7 +110,7 @@ def training_seconds(workdir: pathlib.Path) -> float:
 
 
 def compile_seconds(workdir: pathlib.Path) -> float:
-  """Returns the longest time that the log reports for compiling a training step, in seconds."""
+  """Returns the longest compile time of a training step in `log.txt`, in seconds."""
   text = (workdir / 'log.txt').read_text(encoding='utf-8')
   return max(map(float, re.findall(r'Compiled in ([\d.]+) s', text)), default=0.0)
 

@@ -5,9 +5,9 @@
 
 TFDS copies the files of `folder/<split>/<class>/` into an array_record, without re-encoding. Then
 the folder and the array_record are streamed one after the other (`data.cache=stream`), for one
-epoch over all splits, without random crops. Every image must equal what Pillow decodes from a file,
-and must come exactly once. `results/streamed.json` holds, for the folder and for the array_record,
-the numbers of all images, of unexpected images and of missing images.
+epoch over all splits, without random crops. Every image must be identical to a file that Pillow
+decoded, and every file must occur exactly once. For the folder and for the array_record,
+`results/streamed.json` holds the numbers of all images, of unexpected and of missing images.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def write_tfds(folder: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def expected(folder: pathlib.Path, size: int) -> Seen:
-  """Returns what Pillow decodes from every file, counted by label and hash."""
+  """Decodes every file with Pillow; returns the number of images for each label and hash."""
   names = sorted(path.name for path in (folder / 'train').iterdir())
 
   def read(path):
@@ -77,7 +77,7 @@ def digest(image_HWC: np.ndarray) -> bytes:
 
 
 def epoch(source: str, data_dir: str, size: int) -> Seen:
-  """Returns the examples that one epoch of training sees, counted by label and hash."""
+  """Streams one epoch of training; returns the number of images for each label and hash."""
   found = sources.open_source(source, data_dir, (size, size))
   arguments = dict(size=(size, size), fit=image_lib.fit_image, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)

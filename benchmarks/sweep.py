@@ -13,7 +13,7 @@ number of PFLOPs:
         --pflops=0.02 --config.data.source=folder:cifar10
 
 A grid can also be a file. For example, `knobs.json` changes one kind of augmentation or dropout at
-a time. Its first line is the unchanged recipe, with which the others are compared at equal compute:
+a time. Its first entry is the unchanged recipe. `--pflops` gives all entries the same compute:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/knobs --seeds=3 \\
         --grid=benchmarks/knobs.json --pflops=0.09 --config.data.source=folder:cifar10
@@ -86,7 +86,7 @@ def check_runs(args: argparse.Namespace) -> None:
 
 
 def pflops_of(config: str, overrides: dict[str, str]) -> float:
-  """Returns what training costs, in PFLOPs.
+  """Returns the cost of a training run in PFLOPs.
 
   Raises:
     SystemExit: the number of training images is unknown.

@@ -76,7 +76,7 @@ VARIANTS = {
 }
 SMALL = {
   'tiny': 'trained in this project, see `results/`',
-  'small': 'trained in this project for 6 epochs only, see `results/`',
+  'small': 'trained in this project for 20 epochs only, see `results/`',
   'wide': 'not trained yet',
 }
 
