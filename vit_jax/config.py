@@ -45,7 +45,7 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that `init` or the data can still set: None, or `auto` for `data.cache`."""
+  """Returns the keys that `init`, the data or the run set later: None, or `data.cache=auto`."""
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}

@@ -222,8 +222,8 @@ DATA = {
   'data.skip_bad_images': Key(False, 'skip unreadable images instead of stopping', may_change=True),
   'data.cache': Key(
     'auto', 'memory: decode all images once and keep them in memory; stream: decode them in each '
-    'epoch; auto: memory, if the images fit into half of the RAM and the training batches would '
-    'be the same as with stream; else stream', choices=('auto', 'memory', 'stream'),
+    'epoch; auto: memory if the images fit into half of the RAM and the training batches would be '
+    'the same as with stream, else stream', choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
     0, 'data.cache=stream: worker processes that decode; 0: the training process decodes',
@@ -393,7 +393,7 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.remat': Key(
     None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: all '
     'except the results of products with weights; full: all activations inside a block; None: the '
-    'run uses `none` or, if more micro-batches do not save enough memory, `dots` or `full`',
+    'run uses none or, if more micro-batches do not save enough memory, dots or full',
     kind=str, choices='REMAT', may_change=True,
   ),
   'model.attention': Key(

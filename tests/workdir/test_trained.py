@@ -136,7 +136,7 @@ def test_validation_on_training_examples_of_init_is_reported(monkeypatch, caplog
   names = trained.TrainingFiles(own_splits=(('synthetic', known),) if known else ())
   monkeypatch.setattr(opening.inherit, 'open_teacher', lambda config, source: (None, names))
   exp, _ = opening.from_config(small_config(**parts, **head))
-  message = f"some or all of these examples ('{known}' of synthetic)"
+  message = f"data.val_split='train[50%:]': it shares examples with '{known}' of synthetic"
   assert (message in caplog.text) == (known == 'train[60%:70%]')
   assert ('data.val_split=' in caplog.text) == (known == 'train[60%:70%]')
 
@@ -163,7 +163,7 @@ def test_validation_keeps_its_files_only_if_init_knows_all_of_them(
   training = opening.from_config(config_of(tmp_path, **parts, **head))[1]
   assert len(training.val) == num_examples(source.pieces(f'train[{kept}]'))
   assert len(training.test) == 10
-  message = f"some or all of these examples ('train[70%:]' of folder:{tmp_path})"
+  message = 'were trained on all its images, so none is left out'
   assert (message in caplog.text) == (known == 'train[70%:]')
   parts = {'data.train_split': 'train[:70%]', 'data.eval_split': known}
   with pytest.raises(ValueError, match='were trained on all'):  # test files are never kept

@@ -17,8 +17,8 @@ def run_predict(args) -> int:
     return write_features(args)
   if args.out:
     raise ValueError(
-      '--out is for --features=pooled or tokens. Predictions are printed, not written to a file. '
-      'Remove --out.'
+      '--out is for --features=pooled or tokens. Predictions are printed, not written to a file: '
+      'remove --out, and redirect the output, e.g. with --format=csv > predictions.csv.'
     )
   found = predict_files(request_of(args), args.images or [], args.topk)
   return report_errors(print_predictions(found, args.format or 'table'))

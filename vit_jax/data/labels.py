@@ -10,7 +10,7 @@ Decisions:
     can be tested with the other one.
   * Some images can be outside the folder at which relative paths start. For them, the hash
     ignores the path up to the last split or class folder. Without such a folder, it ignores the
-    path of the images' common parent. So the images can be moved.
+    path of the common parent of all images outside. So the images can be moved.
   * A mistake in the label file raises an error that names the line. Two rows for the same image are
     a mistake if their labels or their splits differ.
 """

@@ -35,7 +35,7 @@ def check_data_given(request: Request) -> None:
   if request.init and 'data.source' not in request.overrides:
     raise ValueError(
       f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
-      'folder:photos. To use the weights and the dataset of a run, set --workdir to its folder.'
+      'folder:photos. For the weights and the dataset of a run, replace --init by --workdir=<run>.'
     )
 
 

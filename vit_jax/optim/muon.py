@@ -50,9 +50,8 @@ def block_matrices(params: dict) -> dict:
 def orthogonalized(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns an optimizer that changes the updates of another optimizer: it orthogonalizes them.
+  """Returns an optimizer that orthogonalizes another optimizer's updates of block kernels.
 
-  Only the updates of block kernels are orthogonalized.
   The `update` of the new optimizer has two more arguments: `mesh` and `dtype`, as described in
   `orthogonalize`. The states of both optimizers are the same.
 

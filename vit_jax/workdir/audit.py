@@ -1,9 +1,10 @@
 """Finds mistakes in data: few images, copies, unreadable files, examples that were trained on.
 
 Decisions:
-  * Only in data sets without files (digits, TFDS), this module looks for examples that were trained
-    on. In other data sets, `trained.leave_out_trained` removes them. All other checks are for data
-    sets of files, and are done before training.
+  * Tests: in data sets without files (digits, TFDS), `check_untrained` refuses examples that were
+    trained on. In other data sets, `trained.leave_out_trained` removes them. Validation:
+    `open_validation` removes such files, or keeps the examples with a warning.
+  * All other checks are for data sets of files, and are done before training.
   * The other mistakes are warnings. Nothing is changed, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
     the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
@@ -29,10 +30,10 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data import Source, count_labels, num_examples, open_header, overlap
+from vit_jax.data import Source, count_labels, open_header, overlap
 from vit_jax.distributed import is_first
 from vit_jax.names import abridged
-from vit_jax.workdir.trained import TrainingFiles, leave_out_trained, without_trained
+from vit_jax.workdir.trained import NothingLeft, TrainingFiles, leave_out_trained
 
 log = logging.getLogger(__name__)
 
@@ -232,20 +233,22 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
   Raises:
     ValueError: the run itself trains on all files of the split.
   """
-  known = overlapping(source, split, names.inherited_splits)
-  if source.files and not num_examples(without_trained(source, split, names).pieces(split)):
-    known, names = split, names.own()
-  source, _ = leave_out_trained(source, split, names)
-  if known:
+  kind = 'the weights of init or the teacher were trained'
+  found = overlapping(source, split, names.inherited_splits)
+  why = found and f'it shares examples with {found!r} of {source.spec}, on which {kind}'
+  try:
+    source, _ = leave_out_trained(source, split, names)
+  except NothingLeft:
+    source, _ = leave_out_trained(source, split, names.own())
+    why = f'{kind} on all its images, so none is left out'
+  if why:
     log.warning(
-      'data.val_split=%r: the weights of init or the teacher were trained on some or all of these '
-      'examples (%r of %s). So the validation accuracy can be too high. What is chosen by '
+      'data.val_split=%r: %s. So the validation accuracy can be too high. What is chosen by '
       'validation can be wrong: the best checkpoint, the learning rate of a sweep, and the '
       'temperature. Choose a data.val_split without these examples. If there is none, first train '
       'these weights again, with the data.train_split of this run.',
       split,
-      known,
-      source.spec,
+      why,
     )
   return source
 

@@ -199,8 +199,8 @@ def check_finite(params: dict, step: int) -> None:
 def copy_state(previous, state):
   """Returns a copy of `state` in the memory of `previous`; in new memory if `previous` is None.
 
-  Reusing memory saves time. For the operating system, providing new memory takes longer than
-  copying the state.
+  Reusing memory saves time: the operating system provides new memory in small pages, one by one at
+  their first use, and this takes longer than copying the state.
   """
   del previous
   return jax.tree.map(jnp.copy, state)

@@ -232,34 +232,34 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
   return found_N
 
 
-def without_trained(source: Source, split: str, names: TrainingFiles) -> Source:
-  """Returns the data set without those files of a split that the weights were trained on."""
-  inside = {name for name, _, _ in source.pieces(split)} & set(source.files)
-  masks = {name: known(source.files[name], names) for name in inside}
-  return dataclasses.replace(source, left_out=masks)
+class NothingLeft(ValueError):
+  """The weights were trained on all files of a split."""
 
 
 def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple[Source, int]:
-  """Returns the data set of a test without the files that the weights were trained on.
+  """Returns the data set of a held-out split without files that the weights were trained on.
 
   Args:
-    source: dataset of the test.
-    split: the test split, in TFDS notation.
+    source: dataset of the test or the validation.
+    split: the held-out split, in TFDS notation.
     names: training files of the weights.
 
   Returns:
     The data set without these files, and the number of left-out files.
 
   Raises:
-    ValueError: the weights were trained on all files of the split.
+    NothingLeft: the weights were trained on all files of the split.
   """
-  before = num_examples(source.pieces(split))
-  source = without_trained(source, split, names)
+  pieces = source.pieces(split)
+  inside = {name for name, _, _ in pieces} & set(source.files)
+  masks = {name: known(source.files[name], names) for name in inside}
+  source = dataclasses.replace(source, left_out=masks)
+  before = num_examples(pieces)
   number = before - num_examples(source.pieces(split))
   if number == before:
-    raise ValueError(
+    raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder for the test. If these are '
+      'or the content of the files. Choose a different split or folder. If these are '
       'different images that only have the same names, move the images of each class into a '
       'subfolder, such as <class>/new/. Their names then differ, because a name is the path below '
       'the class folder (new/1.jpg).'
