@@ -233,14 +233,14 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
   Raises:
     ValueError: the run itself trains on all files of the split.
   """
-  kind = 'the weights of init or the teacher were trained'
+  trained = 'the weights of init or the teacher were trained'
   found = overlapping(source, split, names.inherited_splits)
-  why = found and f'it shares examples with {found!r} of {source.spec}, on which {kind}'
+  why = found and f'it shares examples with {found!r} of {source.spec}, on which {trained}'
   try:
     source, _ = leave_out_trained(source, split, names)
   except NothingLeft:
     source, _ = leave_out_trained(source, split, names.own())
-    why = f'{kind} on all its images, so none is left out'
+    why = f'{trained} on all its images, so none is left out'
   if why:
     log.warning(
       'data.val_split=%r: %s. So the validation accuracy can be too high. What is chosen by '
