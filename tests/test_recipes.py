@@ -242,7 +242,9 @@ def test_an_attempt_is_checked_before_its_first_run(flags, message, tmp_path, ca
   assert message in capsys.readouterr().err
 
 
-def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(monkeypatch, tmp_path):
+def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(
+  monkeypatch, tmp_path, capsys
+):
   """Records the commands of the comparison, and adds up what they cost."""
   price = lambda config, overrides: (0.5 if 'mae' in config else 1) * share(overrides)
   share = lambda overrides: {'train': 1, 'train[:10%]': 0.1, 'train[:1%]': 0.01}[
@@ -255,7 +257,8 @@ def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(monke
     if 'epochs' in overrides:
       cost[workdir.name] = float(overrides['epochs']) * price(config, overrides)
     workdir.mkdir(parents=True)
-    (workdir / 'result.json').write_text('{"test_loss": 1.0, "steps": 2, "seconds": 3.0}')
+    found = {'test_accuracy': None if 'mae' in config else 0.5, 'test_loss': 1.0, 'steps': 2}
+    (workdir / 'result.json').write_text(json.dumps(found))
     return True
 
   monkeypatch.setattr(collect, 'train', train)
@@ -273,7 +276,8 @@ def test_pretraining_and_fine_tuning_cost_as_much_as_training_from_scratch(monke
   sources = {name for name, keys in given.items() if keys['data.source'] == 'folder:a/t'}
   assert sources == {'mae_tinyimagenet'} and all(keys['ema'] == '0.5' for keys in given.values())
   saved = json.loads((tmp_path / 'masked.json').read_text())
-  assert saved['rows'].keys() == given.keys() and len(given) == 13
+  assert saved['rows'].keys() == given.keys() and len(given) == 14
+  assert 'init' not in given['random_probe'] and capsys.readouterr().out.count('50.00%') == 12
   recipe = saved['rows']['mae_tinyimagenet_10%']['recipe']
   assert '--config.data.source=folder:c ' in recipe and '--config.init=mae_tinyimagenet ' in recipe
   assert saved['total_pflops'] == 20 and str(tmp_path) not in json.dumps(saved)
