@@ -28,7 +28,7 @@ def announced(message: str) -> Iterator[None]:
 
 
 def counter(items: Iterable | None = None, **arguments) -> tqdm:
-  """Returns a tqdm bar that only process 0 shows, updated every 10 s without a terminal."""
+  """Returns a tqdm bar that only process 0 shows. Without a terminal, it changes every 10 s."""
   interval = 0.1 if sys.stderr.isatty() else 10  # seconds
   silent = not is_first()
   return tqdm(items, dynamic_ncols=True, mininterval=interval, disable=silent, **arguments)

@@ -141,7 +141,7 @@ def remove(pieces: Sequence[Piece], unwanted: Mapping[str, np.ndarray]) -> list[
 
 
 def hash_name(name: str) -> int:
-  """Returns a 64-bit hash of a path, which ignores upper and lower case and the Unicode form."""
+  """Returns a 64-bit hash of a path. Upper or lower case and the Unicode form do not matter."""
   text = os.fsencode(name).decode('utf-8', 'surrogateescape')  # the same in any locale
   text = unicodedata.normalize('NFC', text).casefold()
   digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()

@@ -111,7 +111,7 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
   Args:
     experiment: the model's experiment.
     *parts: one pair for each split to open: the dataset, and the name of the split in TFDS
-      notation. The dataset of all pairs must be the same, apart from the files that are left out.
+      notation. All pairs have the same dataset, but each pair can leave out other files of it.
 
   Returns:
     The splits, in the order of `parts`.

@@ -264,10 +264,9 @@ def remove_empty(folder: pathlib.Path) -> None:
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
-  """Raises ValueError if a folder contains a run, or a weight file that must not be replaced.
+  """Raises ValueError if a folder contains a run, or weight files that the export does not write.
 
-  `names` are the names of the files that the export writes. Weight files with other names must not
-  be replaced.
+  `names` are the names of the files that the export writes.
   """
   runs = [name for name in ('checkpoints', 'metrics.jsonl') if (folder / name).exists()]
   patterns = {pattern for entry in FORMATS.values() for pattern in entry.files}

@@ -72,7 +72,7 @@ def sincos(h: int, w: int, width: int, whole: tuple[int, int] | None = None) -> 
     h: number of rows of patches.
     w: number of columns of patches.
     width: D, a multiple of 4.
-    whole: grid whose patches are the unit of rows and columns, as in `coordinates`; None: (h, w).
+    whole: rows and columns are counted in patches of this grid, as in `coordinates`; None: (h, w).
   """
   omega = 1.0 / 10_000 ** (np.arange(width // 4) / max(width // 4 - 1, 1))
   y, x = coordinates((h, w), whole or (h, w))

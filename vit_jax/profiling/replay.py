@@ -96,7 +96,8 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
   if config.epochs != saved.epochs:  # `check_same_run` allows this for a finished run
     raise ValueError(
-      f'--mode=verify repeats steps of a run with epochs={saved.epochs:g}. Remove --config.epochs.'
+      f'epochs={config.epochs}: --mode=verify repeats steps of this run, which has '
+      f'epochs={saved.epochs:g}. Remove --config.epochs.'
     )
   exp, training = opening.from_config(config, saved, cycles, training_files_of(workdir))
   check_same_data(exp, workdir)

@@ -27,9 +27,9 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
-# Keys of the layers after the pooling, which `classifier_config` does not copy. These keys are set
-# when the run opens the weights (`inherit.open_init`), because the model keeps these layers only if
-# the weights were trained on the classes of the data.
+# Keys of the layers after the pooling. `classifier_config` does not copy them: only
+# `inherit.open_init` knows whether the model keeps these layers, and then sets the keys. The model
+# keeps the layers only if the weights were trained on the classes of the data.
 AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
 
 
@@ -68,7 +68,7 @@ def make_head(
   """
   if not exp.config.classifier:
     return train_head(exp, training, mesh, workdir)
-  record(exp, workdir, training.test)  # first, because an unreadable image ends `with_head`
+  record(exp, workdir, training.test)  # before `with_head`, which an unreadable image ends
   exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
   return fit(exp, training, mesh, workdir)
 
@@ -80,7 +80,7 @@ def with_head(
 
   Args:
     exp: experiment with the backbone.
-    training: data of the run; `training.params` has the weights of the backbone.
+    training: data of the run; `training.params` holds the weights of the backbone.
     mesh: mesh of the devices.
     restored: whether a checkpoint already holds the head. If so, the head is not computed again.
 

@@ -32,7 +32,7 @@ from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
 
-# `tracing.py` counts activations, of which XLA keeps only this fraction. The others are cheap to
+# Fraction of the activations counted by `tracing.py` that XLA keeps. The others are cheap to
 # compute, so XLA computes them again. On a GPU, the measured fraction is 0.49 to 0.63, for the
 # training steps in results/compiled.json that fit one device.
 KEPT, KEPT_ON_CPU = 0.65, 0.85
@@ -60,7 +60,7 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns the experiment with a plan, but keeps `model.remat` if the config sets it."""
+  """Returns the experiment with a plan. If the config sets `model.remat`, that value is kept."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
@@ -68,14 +68,14 @@ def planned(exp: Experiment, plan: Plan) -> Experiment:
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
   """Returns the experiment with the plan in a checkpoint, or `exp` if there is no plan.
 
-  `saved` is the JSON of the checkpoint (its part `config`).
+  `saved` is the JSON of the checkpoint (its item `config`).
   """
   plan = saved.get('plan')
   return planned(exp, Plan(**plan)) if plan else exp
 
 
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
-  """Returns the plans that the config allows, from the fastest to the smallest in memory."""
+  """Returns the allowed plans; the first is the fastest, the last needs the least memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
   together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)
@@ -123,10 +123,10 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the fastest plan that is estimated to fit, without compiling.
+  """Returns the experiment with the fastest plan that fits into memory, by an estimate.
 
-  If no plan fits, the result has the plan that needs the least memory. The experiment is returned
-  unchanged if it already has a plan, or if no memory limit is known.
+  Nothing is compiled. If no plan fits, the result has the plan that needs the least memory. The
+  experiment is returned unchanged if it already has a plan, or if no memory limit is known.
   """
   budget = exp.budget(mesh)
   if budget is None or exp.parts:
@@ -161,7 +161,7 @@ def fit_step(
     limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
   """
   budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
-  if exp.parts and plan_of(exp, mesh) not in plans:  # made for a different number of devices
+  if exp.parts and plan_of(exp, mesh) not in plans:  # from another number of devices
     exp = dataclasses.replace(exp, parts=None)
   if budget is None or len(plans) == 1 or not exp.sees_images:
     return exp, lower(exp).compile()

@@ -1,8 +1,8 @@
 """The training loop.
 
 Decisions:
-  * The host reads a step's metrics after the next step has started, so the device never waits.
-  * Before a checkpoint is saved, the loop checks that the loss of the last step is finite.
+  * The host reads a step's metrics only after it has started the next step, so no device waits.
+  * Before a log line, evaluation or checkpoint, the host waits for the step and checks its loss.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ from vit_jax.workdir import Checkpoints, Silent, Writer
 
 log = logging.getLogger(__name__)
 
-# Scores and their names in messages. The second one is for images with several labels only.
+# Scores and their names in messages. Only data with several labels per image has the second score.
 SCORES = {'accuracy': 'accuracy', 'mean_average_precision': 'mean average precision'}
 
 PATCH_DRAWS = 1  # separates the draws of patch sizes from other draws with the same seed
@@ -115,7 +115,7 @@ class Run:
         compiled = programs[patch]
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # because `step` returns before the device has finished
+          jax.block_until_ready(metrics)  # `step` returns before the device has finished
           log.info('First step done.')
         if late:
           meter.add(*late)
@@ -165,7 +165,7 @@ class Run:
       return
     begin, end, name = cycles[-1], self.training.steps, self.config.schedule.name
     warmup = warmup_steps(self.config, len(self.training.train), end - begin)
-    peak = self.training.schedule(begin + max(warmup - 1, 0))  # after a sweep, not optimizer.lr
+    peak = self.training.schedule(begin + max(warmup - 1, 0))  # a sweep replaces optimizer.lr
     log.info(
         'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s. Images '
         'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup, peak, name,
@@ -266,7 +266,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and scores of the last checkpoint, and of the best in validation."""
+    """Returns step and scores of the last checkpoint, and of the one with the best validation."""
 
     def accuracies(step):
       found = {split: self.records.find(step, split) for split in ('val', 'test')}

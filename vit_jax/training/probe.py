@@ -40,8 +40,8 @@ from vit_jax.workdir import (
 
 log = logging.getLogger(__name__)
 
-# With fewer validation images, a sweep logs a warning: a single image can change which learning
-# rate is best.
+# A sweep on fewer validation images logs a warning, because a single image can change which
+# learning rate is best.
 FEW = 50
 
 
@@ -79,9 +79,9 @@ def train_head(
   training = dataclasses.replace(training, params=initial_params(exp, training, workdir))
   images = training.test
   if not exp.augments:
-    # Features are cached before the `record` below checks the data. Nevertheless, features of other
-    # data are never read, because the names of their files depend on the images and the weights.
-    if latest_step(workdir) is None:  # saves the config, because an unreadable image ends the run
+    # `on_features` runs before the `record` below checks the data. It still never reads features of
+    # other data, because the name of a feature file depends on the images and the weights.
+    if latest_step(workdir) is None:  # saves the config before an unreadable image can end the run
       record(exp, workdir)
     exp, training = on_features(exp, training, mesh, workdir / 'features')
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
@@ -97,7 +97,7 @@ def initial_params(exp: Experiment, training: Training, workdir: pathlib.Path) -
   """Returns the initial parameters of a run that trains only a head, as NumPy arrays.
 
   The parameters come from the newest checkpoint if there is one, because a resumed run must keep
-  its backbone. Without a checkpoint, the weights of `init` are used, or random ones without `init`.
+  its backbone. Otherwise they are the weights of `init`, or random if `init` is not set.
   """
   if (step := latest_step(workdir)) is not None:
     return restore_item(workdir, step, 'params')
@@ -167,7 +167,7 @@ def sweep(
         log.warning('Learning rate %g: %s', rate, error)
         score = None
       points.append({'lr': rate, measure: score})
-      if preemption.is_due():  # the signal came after the last step of this head's run
+      if preemption.is_due():  # the signal came after this head's last step
         raise Preempted(
           f'The sweep was asked to stop, and stopped after the head for learning rate {rate:g}.'
         )
@@ -178,7 +178,7 @@ def sweep(
 
   def finish():
     write_json(file, {'sweep': points})
-    for rate in exp.config.sweep:  # a run that diverged has kept its checkpoints
+    for rate in exp.config.sweep:  # only runs that diverged still have checkpoints
       discard(workdir / 'sweep' / short(rate) / 'checkpoints')
 
   from_first(finish)
@@ -233,7 +233,7 @@ def score_rate(
     )
   if latest_step(folder) is not None:
     with held(folder):
-      set_aside_damaged(folder)  # before the backbone is read
+      set_aside_damaged(folder)  # before `has_other_backbone` reads a checkpoint
   other = result and result.get('backbone', origin['backbone']) != origin['backbone']
   if other or has_other_backbone(folder, training.params):
     log.info('%s: the head is trained again, because the backbone has changed.', folder)
@@ -287,6 +287,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns the experiment, in which `train_examples` also counts the validation images."""
+  """Returns a copy of the experiment whose `train_examples` includes the validation images."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

@@ -67,7 +67,7 @@ def begin(
     item = restore_item(workdir, start, 'config')
     with config_lib.naming_imports(item):
       saved = config_lib.from_dict(item['config'])
-    # `splitting.decided` checks data.cache, because that needs the data.
+    # `splitting.decided` checks data.cache later, when the data is open.
     config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
     config = config_lib.fill(config, config_lib.flatten(saved))
     cycles = add_cycle(config, item, start, workdir)
@@ -101,7 +101,7 @@ def check_new(workdir: pathlib.Path, init: str) -> None:
       'an empty folder as --workdir. To start from the weights of this folder, add '
       f'--config.init={workdir}'
     )
-  # If the last checkpoint was damaged, the previous command has said that training starts again.
+  # If the last checkpoint is in damaged/, `set_aside_damaged` has announced that training restarts.
   if result and not [*(workdir / 'damaged').glob(f'{result.get("steps")}-*')]:
     raise ValueError(
       f'{workdir} contains the result of a finished run, but {checkpoints} has no checkpoint. '
@@ -287,7 +287,7 @@ def save_examples(exp: Experiment, test: Split, workdir: pathlib.Path) -> None:
   folder = workdir / 'examples'
   folder.mkdir(parents=True, exist_ok=True)
   first = test.some(range(min(8, len(test))))
-  for earlier in folder.glob('[0-7]_*.png'):  # maybe of another split
+  for earlier in folder.glob('[0-7]_*.png'):  # they can show another split
     earlier.unlink()
   for i, (image_HWC, label) in enumerate(zip(first.image_NHWC, first.label_N)):
     known = sys.getfilesystemencoding()  # this encoding can lack letters of a class name

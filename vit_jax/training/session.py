@@ -36,9 +36,9 @@ def fit(
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
   Training starts from the newest checkpoint if there is one. If memory runs out in a run with one
-  process, the run continues once from its newest checkpoint. The micro-batches and `model.remat`
-  are then changed to need less memory (`halved`). If the run has a validation split and labels, a
-  `Calibration` is fitted for the last and for the best checkpoint at the end.
+  process, the run is resumed once from its newest checkpoint, with a plan that needs less memory
+  (`halved`). If the run has a validation split and labels, a `Calibration` is fitted at the end,
+  for the last and for the best checkpoint.
 
   Args:
     exp: experiment to train.
@@ -91,8 +91,8 @@ def attempt(
     run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
     try:
       return run.run()
-    except RuntimeError as error:  # evaluation's OutOfMemory is not a RuntimeError: no second try
-      # With several processes, perhaps not every process is out of memory.
+    except RuntimeError as error:  # evaluation raises OutOfMemory, which a smaller plan cannot fix
+      # Of several processes, only some can be out of memory, so they cannot retry together.
       retries = retries and is_full(error) and jax.process_count() == 1
       smaller = halved(run.exp, mesh) if retries else None
       if smaller is None:

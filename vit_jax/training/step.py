@@ -42,8 +42,8 @@ def loss_fn(
     frozen: all other parameters. If the step runs a teacher, the key `teacher` has the parameters
       of the teacher.
     key: random key of the step.
-    early: whether this step mixes images and uses strong augmentations, which can be off in the
-      last part of a run (`augment.off_for_last`). None if they are on in all steps.
+    early: False if mixing and strong augmentations are off in this step, as they can be in the
+      last part of a run (`augment.off_for_last`). None if no step turns them off.
     exp: experiment to train.
   """
   image_key, own_key = jax.random.split(key)

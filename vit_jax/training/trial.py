@@ -81,7 +81,7 @@ def choose_attention(
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
-    # The trial itself must fit into memory, also for `plain`, which needs more memory than cuDNN.
+    # The trial also runs `plain`, which needs more memory than cuDNN, and must itself fit.
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
@@ -151,8 +151,8 @@ def reference(given: list[jax.Array]) -> tuple[jax.Array, ...]:
 def errors(found: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> dict[str, float]:
   """Returns `{name: error}` for the output and for the gradients of query, key and value.
 
-  An error is the largest absolute difference, divided by the largest absolute expected value if
-  this value is above 1. An error is NaN if any value is NaN.
+  An error is the largest absolute difference. It is divided by the largest absolute expected value
+  if this value is above 1. It is NaN if any value is NaN.
 
   Args:
     found: output and gradients of the tested kernel.

@@ -76,8 +76,8 @@ class Weights:
     fields: values of `ViT`'s attributes; `num_classes` is None if the file has no head.
     channels: number of channels of an image.
     preprocessing: how images are prepared; `size` is (0, 0) if the file does not store a size.
-    grid: number of patches (down, across) that the position embeddings are for; None if the file
-      does not store this grid.
+    grid: (down, across) number of patches that have a position embedding; None if the file does
+      not store this grid.
     class_names: names of the classes; None if the file does not store names.
     ignored: regular expressions for the names of arrays that do not affect the output.
     run: facts (e.g. `config`, `task`) of the vit_jax run that wrote the file; None for other files.
@@ -141,7 +141,7 @@ class Format:
     save: function that writes the files. Its arguments are `(model, params, folder, preprocessing,
       class_names)`, or `(program, folder)` for a program. The function raises ValueError for a
       model that the format cannot hold.
-    holds_labels: whether the format stores `multi_label`. If so, it is an argument of `save`.
+    holds_labels: whether the format stores `multi_label`, which is then an argument of `save`.
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
@@ -149,7 +149,7 @@ class Format:
     read: `(path) -> Weights`; None if the format is only written.
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> function` opens a program as a function `image_BHWC -> output_BL`. None for
-      weights. A program enlarges images of its `stored_size` and divides logits by the temperature.
+      weights. The program itself enlarges images from `stored_size`, and applies the temperature.
     precisions: `{name: Precision}` for the precisions below float32 that a program can have.
     holds_names: whether the format can store class names.
   """
@@ -215,8 +215,8 @@ def read_params(
     The parameters as a tree of float32 NumPy arrays, and the names of the file's unused arrays.
 
   Raises:
-    ValueError: an array is missing, is not part of the model, or has the wrong shape or type, or
-      values that are not finite.
+    ValueError: an array is missing, is not part of the model, has the wrong shape or type, or
+      contains values that are not finite.
   """
   layouts.check_total(weights.origin, wanted, weights.arrays)
   params, used, problems = {}, set(), []
@@ -237,7 +237,7 @@ def read_params(
       theirs = [array.astype(np.float32) for array in theirs]
       params |= zip(row.ours, row.layout.read(theirs, own))
   left = sorted(set(weights.arrays) - used)
-  empty = {name for name in left if not weights.arrays[name].size}  # no registers, for example
+  empty = {name for name in left if not weights.arrays[name].size}  # e.g. of zero registers
   ignored = tuple(n for n in left if n in empty or any(re.fullmatch(p, n) for p in weights.ignored))
   problems += [f'{name}: not part of the model' for name in left if name not in ignored]
   unknown = set(wanted) - {name for row in weights.rows for name in row.ours}

@@ -83,7 +83,7 @@ def read_hf(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]
 
 
 def guess(model_type: str, arrays: Mapping[str, np.ndarray]) -> str:
-  """Finds the architecture from the names of arrays, for a config that does not tell it."""
+  """Finds the architecture from the names of arrays, for a config without `architectures`."""
   found = {name: top for name, (own, _, top) in ARCHITECTURES.items() if own == model_type}
   for name, top in found.items():
     if any(theirs in arrays for row in rows(top.rows, 1) for theirs in row.theirs):

@@ -6,7 +6,7 @@ Decisions:
   * `Kind` holds all properties that differ between model types. The tables of all kinds are in
     `hf_names.py` and `hf_towers.py`.
   * `processor_config.json` is preferred to `preprocessor_config.json`, as in transformers. Since
-    version 5, transformers writes only the former for a processor of images and texts.
+    version 5, transformers writes only `processor_config.json` for processors of images and texts.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -20,7 +20,7 @@ from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights.formats import ODD, Preprocessing, load_json
 
-ACTIVATIONS = {  # Hugging Face name: our name; of several names, the first one is written
+ACTIVATIONS = {  # Hugging Face name: our name; if several names have our name, the first is written
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',
@@ -180,7 +180,7 @@ def preprocessing(
     kind: the kind of the model, which has defaults for missing values.
 
   Raises:
-    ValueError: the file is damaged, or describes a different kind of preprocessing.
+    ValueError: the file is damaged, or describes steps that `Preprocessing` does not have.
   """
   path, p = find_processor(folder)
   if p is None:

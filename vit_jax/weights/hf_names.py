@@ -19,8 +19,8 @@ from vit_jax.weights.layouts import CONV, SAME, Layout, torch_fused, torch_linea
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
 
-# The file has two classifiers whose logits are averaged. The model has one classifier, applied to
-# both tokens, concatenated. Its weights are halved, which is exact in floating point.
+# The file has a classifier for each of two tokens, and their logits are averaged. Our model has one
+# classifier for the concatenated tokens. Halving the weights averages; it is exact in floating point.
 TEACHER_KERNEL = Layout(
   lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
   lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
@@ -166,7 +166,7 @@ def dinov2_config(model: ViT) -> dict:
     refuse('hf (Dinov2)', model, {'activation': ('silu',)})
   exact = model.mlp_dim * (1.5 if gated else 1) / model.width
   width_of = lambda ratio: mlp_width(model.width, ratio, gated)
-  # transformers expects an integer, so it is tried first. `mlp_ratio` x width is rounded down.
+  # First an integer, which transformers expects; last a larger ratio, as widths are rounded down.
   ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
   ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
   if ratio is None:

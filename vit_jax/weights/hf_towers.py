@@ -1,7 +1,7 @@
 """Names of parameters and config fields in Hugging Face's image towers of CLIP and SigLIP.
 
 Decisions:
-  * A file of a whole model also holds a text tower, which is not read.
+  * The file of a whole model (image and text tower) is accepted; its text tower is not read.
   * Both families share one name table. A row is skipped if the model lacks the parameter. CLIP has
     no pooling with parameters, and SigLIP has no class token and no LayerNorm before the first
     block.
@@ -139,7 +139,7 @@ def tower_config(config: dict, origin: str, tower: str, known: set[str]) -> dict
   check_fields(config, known, origin)
   found, later = config.get('vision_config') or {}, config.get('vision_config_dict')
   defaults = TOWERS[tower].defaults
-  if later:  # only in older files; replaces all fields, so fields that it lacks have the defaults
+  if later:  # only in older files; fields missing in `later` have the defaults
     found = found | defaults | later
   if found.get('model_type', tower) != tower:
     raise ValueError(

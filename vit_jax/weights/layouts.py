@@ -19,7 +19,7 @@ import numpy as np
 
 from vit_jax.model import ViT
 
-SMALL = 2**24  # reading may always allocate parameters with at most this many numbers
+SMALL = 2**24  # `check_total` accepts every parameter with at most this many numbers
 
 Arrays = list[np.ndarray]
 
@@ -185,7 +185,7 @@ def check_total(
   """Raises ValueError if a parameter of a model is larger than all arrays of a file together.
 
   Without this check, reading the file would allocate arrays of the size of this parameter. Small
-  parameters pass, because the comparison with the file's arrays explains a wrong shape better.
+  parameters always pass, because `read_params` reports a wrong shape more precisely.
 
   Args:
     origin: name of the file, for the message.

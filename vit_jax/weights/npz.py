@@ -3,8 +3,8 @@
 Decisions:
   * All models in such files use tanh GELU, epsilon 1e-6 and pixels in [-1, 1]; no file stores this.
   * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
-  * The paper's models are written with the older names, as in all published files of the paper.
-    Models that only big_vision has are written with big_vision's names.
+  * Models of the paper are written with the names of its published files (`OLDER`). Models that
+    only big_vision has are written with big_vision's names (`NEWER`).
 """
 
 import io
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the rows (as in `norm`); `scanned`: whether each array stacks all blocks' weights."""
+  """Returns the name table of a file; `scanned`: whether each array stacks all blocks' weights."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),

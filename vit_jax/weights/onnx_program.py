@@ -32,10 +32,10 @@ from vit_jax.weights.program import (
 FILE = 'model.onnx'
 # Arrays of at least this number of bytes are stored in `model.onnx.data`, as `jax2onnx` does.
 SPILLED = 2**20
-LAYERS = ('Gemm', 'MatMul', 'Conv')  # operators of layers; attention's two products are Einsums
+LAYERS = ('Gemm', 'MatMul', 'Conv')  # become int8; attention's two products (Einsum) do not
 BATCH = 32  # number of images in a batch while ranges of activations are measured
-# Maximum difference between the outputs of ONNX and JAX. If JAX's largest output is above 1, the
-# difference is first divided by this output.
+# Maximum difference between the outputs of ONNX and JAX. If JAX's largest absolute output is above
+# 1, the difference is first divided by it.
 TOLERANCE = 1e-4
 
 CONVERTER = (
@@ -85,7 +85,7 @@ def check_outputs(program: Program, folder: pathlib.Path) -> tuple[int, int]:
   """
   image_BHWC, name = noise(program), program.output_name
   theirs = open_onnx(folder)(image_BHWC)
-  # By default, GPUs and TPUs round the inputs of matrix products, which alone exceeds `TOLERANCE`.
+  # By default, GPUs and TPUs round the inputs of matrix products, with errors above `TOLERANCE`.
   with jax.default_matmul_precision('highest'):
     ours = np.asarray(program.function()(image_BHWC))
   error = np.abs(theirs - ours).max() / max(1, np.abs(ours).max())

@@ -66,9 +66,9 @@ def load(
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
-    source_grid: number of patches (down, across) that the file's position embeddings are for. An
-      npz file does not store this grid. If the argument is None and the file stores no grid, the
-      positions are taken for those of `grid` if their numbers agree, otherwise for a square grid.
+    source_grid: number of patches (down, across) that the file's position embeddings are for; an
+      npz file does not store it. None for the grid in the file. If the file has none, `grid` is
+      used if it has as many patches as the file has positions, otherwise a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
@@ -216,8 +216,8 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or no
-      grid is known, and the number of positions for patches is not a square number.
+    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or
+      both are unknown, `to.grid` does not fit either, and the number is not a square.
   """
   found = [
     array

@@ -226,7 +226,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names) or None, **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
-  # If images were stored at another size than the model's, files were resized without cropping.
+  # If the run stored images at another size than the model's, it resized them without cropping.
   whole = tuple(task['stored_size']) != size
   wanted = param_shapes(model, (*size, task['channels']))
   arrays = flatten_params(params)

@@ -1,6 +1,6 @@
 """Recognises the projection of CLIP in timm's files, which store it as the head of a classifier.
 
-Without this step, CLIP's weights would classify the dimensions of the embedding.
+Without this module, each dimension of CLIP's embedding would be read as the logit of a class.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import numpy as np
 
 from vit_jax.weights.layouts import Layout
 
-# Our projection has no bias. timm stores the kernel as the head's, and adds a bias of zeros.
+# Our projection has no bias. timm stores its kernel as `head.weight`, and adds a bias of zeros.
 ROWS = [
   (
     'projection/kernel',
@@ -30,9 +30,9 @@ def head_fields(
 ) -> dict:
   """Returns the attributes `num_classes` and `projection` of `ViT` for the head in a file of timm.
 
-  A config does not tell whether the head is CLIP's projection. It is one if three conditions hold:
-  the config names no classes, the model has a LayerNorm before the encoder (only CLIP has one), and
-  the bias of the head is zero. Training would have changed the bias of a classifier.
+  A config does not tell whether the head is CLIP's projection. This function assumes so if three
+  conditions hold: the config names no classes, the model has a LayerNorm before the encoder (as
+  only CLIP has), and the bias of the head is zero. Training changes the bias of a classifier.
 
   Args:
     count: number of outputs of the head; None if the config has no head.

@@ -151,7 +151,7 @@ def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
 
 
 def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles) -> TrainingFiles:
-  """Returns the files and splits that a run trains on, plus the content of `earlier` as inherited.
+  """Returns the files and splits that a run trains on or inherits from `earlier`.
 
   Args:
     source: dataset of the run.
