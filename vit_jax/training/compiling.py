@@ -145,8 +145,8 @@ def fit_step(
 ) -> tuple[Experiment, jax.stages.Compiled]:
   """Compiles a training step that fits into the memory of each device.
 
-  In three cases, only the current plan of `exp` is compiled, even if it needs too much memory: no
-  memory limit is known, only one plan is possible, or batches contain features instead of images.
+  The current plan of `exp` is compiled without a check of its memory in three cases: no memory
+  limit is known, only one plan is possible, or batches contain features instead of images.
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.

@@ -36,7 +36,7 @@ def fit(
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
   Training starts from the newest checkpoint if there is one. If memory runs out in a run with one
-  process, the run is resumed once from its newest checkpoint, with a plan that needs less memory
+  process, the run is resumed once from its newest checkpoint. Its new plan needs less memory
   (`halved`). If the run has a validation split and labels, a `Calibration` is fitted at the end,
   for the last and for the best checkpoint.
 

@@ -76,8 +76,8 @@ class Weights:
     fields: values of `ViT`'s attributes; `num_classes` is None if the file has no head.
     channels: number of channels of an image.
     preprocessing: how images are prepared; `size` is (0, 0) if the file does not store a size.
-    grid: (down, across) number of patches that have a position embedding; None if the file does
-      not store this grid.
+    grid: number of patches (down, across) that the position embeddings are for; None if the file
+      does not store this grid.
     class_names: names of the classes; None if the file does not store names.
     ignored: regular expressions for the names of arrays that do not affect the output.
     run: facts (e.g. `config`, `task`) of the vit_jax run that wrote the file; None for other files.

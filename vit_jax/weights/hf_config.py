@@ -20,7 +20,7 @@ from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights.formats import ODD, Preprocessing, load_json
 
-ACTIVATIONS = {  # Hugging Face name: our name; if several names have our name, the first is written
+ACTIVATIONS = {  # Hugging Face name: our name; if several map to one name, the first is written
   'gelu': 'gelu',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_new': 'gelu_tanh',

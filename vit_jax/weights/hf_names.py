@@ -20,7 +20,7 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
 
 # The file has a classifier for each of two tokens, and their logits are averaged. Our model has one
-# classifier for the concatenated tokens. Halving the weights averages; it is exact in floating point.
+# classifier for the concatenated tokens, with halved weights. Halving is exact in floating point.
 TEACHER_KERNEL = Layout(
   lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
   lambda ours: [2 * half.T for half in np.split(ours[0], 2)],

@@ -30,8 +30,8 @@ def head_fields(
 ) -> dict:
   """Returns the attributes `num_classes` and `projection` of `ViT` for the head in a file of timm.
 
-  A config does not tell whether the head is CLIP's projection. This function assumes so if three
-  conditions hold: the config names no classes, the model has a LayerNorm before the encoder (as
+  A config does not tell whether the head is CLIP's projection. This function assumes so under
+  three conditions. The config names no classes, the model has a LayerNorm before the encoder (as
   only CLIP has), and the bias of the head is zero. Training changes the bias of a classifier.
 
   Args:

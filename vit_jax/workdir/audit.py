@@ -5,16 +5,15 @@ Decisions:
     trained on. In other data sets, `trained.leave_out_trained` removes them. Validation:
     `open_validation` removes such files, or keeps the examples with a warning.
   * All other checks are for data sets of files, and are done before training.
-  * The other mistakes are warnings. Nothing is changed, and training continues.
+  * These other checks only log warnings. They change nothing, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
-    the same size in bytes. If there are more than `MOST_FILES` files, no file is read. If more than
-    `MOST_BYTES` would be read, copies are not searched for. In both cases, the log reports this.
+    the same size in bytes. With more than `MOST_FILES` files, no file is read at all. If the search
+    for copies would read more than `MOST_BYTES`, it is skipped. The log reports both cases.
     Files in a bucket are not read.
-  * A copy with the same name hash is not reported, because evaluation recognises it as a training
-    file, and leaves it out.
-  * To find unreadable images, only the header of each file is read, and only if images are
-    streamed. Images that are kept in memory need no check, because they are all decoded before
-    training.
+  * A copy with the same name as its original is not reported. Evaluation recognises it by this name
+    as a training file, and leaves it out.
+  * If images are streamed, unreadable images are found from the header of each file. Images kept in
+    memory need no check, because they are all decoded before training.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -47,7 +46,7 @@ class File:
   """Properties by which files are compared. A file and a link to it are equal if `hash` is equal.
 
   Attributes:
-    hash: hash of the name, as in `folder.Files`.
+    hash: hash of the file name, as in `folder.Files`.
     place: device and inode, which are the same for a file and the links to it.
     size: number of bytes; 0 if the file cannot be read.
   """
@@ -221,9 +220,9 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
 def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
   """Returns the data set of a validation split without files that the weights were trained on.
 
-  A run can start from weights, or learn from a teacher, that were trained on the whole validation
-  split, e.g. without labels. Then these files stay. They also stay in data sets without files. In
-  both cases, a warning is logged. The run is not refused, because its test is still valid.
+  If the `init` weights or the teacher were trained on all files of the split, e.g. without labels,
+  the files stay. In data sets without files, the examples stay too. In both cases, a warning is
+  logged. The run is not refused, because its test is still valid.
 
   Args:
     source: dataset of the run.
@@ -243,10 +242,10 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
     why = f'{trained} on all its images, so none is left out'
   if why:
     log.warning(
-      'data.val_split=%r: %s. So the validation accuracy can be too high. What is chosen by '
-      'validation can be wrong: the best checkpoint, the learning rate of a sweep, and the '
-      'temperature. Choose a data.val_split without these examples. If there is none, first train '
-      'these weights again, with the data.train_split of this run.',
+      'data.val_split=%r: %s. So the validation accuracy can be too high, and the best checkpoint, '
+      'the learning rate of a sweep and the temperature can be wrong. Choose a data.val_split '
+      'without these examples. If no such split exists, first train these weights again, with the '
+      'data.train_split of this run.',
       split,
       why,
     )
@@ -254,9 +253,9 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
 
 
 def overlapping(source: Source, split: str, others: Sequence[tuple[str, str]]) -> str:
-  """Returns the first of the `(data.source, split)` pairs that shares examples with `split`.
+  """Finds the first of the `(data.source, split)` pairs that shares examples with `split`.
 
-  The result is the name of its split, or '' if there is none. Data sets with files always give ''.
+  The result is the split of this pair; '' without such a pair, and for data sets with files.
   """
   for spec, other in () if source.files else others:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(other)):

@@ -1,4 +1,4 @@
-"""Saves and restores checkpoints with orbax, which only this package uses.
+"""Saves and restores checkpoints with orbax.
 
 A workdir keeps each checkpoint in `checkpoints/<step>/`. A checkpoint has four parts, which orbax
 calls items:
@@ -21,8 +21,8 @@ Decisions:
   * Checkpoints do not record the devices that held an array. If they did, orbax could restore the
     array on other devices only if it got a description of the new layout.
   * The checksums are written before orbax gives a checkpoint its final name. (In a bucket, orbax
-    writes `commit_success.txt` instead.) So a checkpoint with a final name is complete. Orbax
-    deletes an older checkpoint only afterwards, so a run never loses its last complete checkpoint.
+    writes `commit_success.txt` instead.) So a checkpoint with a final name is complete. Only then
+    does orbax delete an older checkpoint, so a run never loses its last complete checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,8 +54,8 @@ class Checkpoints:
     Args:
       workdir: folder of the run.
       keep: number of newest checkpoints to keep. The best one is kept in addition.
-      finished: steps at which the run was finished before it got more epochs, and whose checkpoints
-        are kept.
+      finished: steps at which the run was finished before it got more epochs. The checkpoints of
+        these steps are kept too.
     """
     self._workdir, self._manager, self._saving = workdir, None, None
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
@@ -77,7 +77,7 @@ class Checkpoints:
   def __exit__(self, kind, *_):
     if self._manager is None:
       return
-    ignored = [storage.Unwritten] if kind else []  # another error is more important
+    ignored = [storage.Unwritten] if kind else []  # the error that ended the block is the cause
     with contextlib.suppress(*ignored), saving(self._workdir):
       try:
         self._end_handover()
@@ -199,8 +199,8 @@ def check_finite(params: dict, step: int) -> None:
 def copy_state(previous, state):
   """Returns a copy of `state` in the memory of `previous`; in new memory if `previous` is None.
 
-  Reusing memory saves time: the operating system provides new memory in small pages, one by one at
-  their first use, and this takes longer than copying the state.
+  Reusing memory saves time. The operating system provides new memory page by page at first use,
+  which takes longer than copying the state.
   """
   del previous
   return jax.tree.map(jnp.copy, state)
@@ -211,8 +211,8 @@ def all_finite(params: dict) -> jax.Array:
   """Returns a bool array that tells for each leaf of `params` whether all numbers are finite.
 
   The result is one array, so that the host can read all entries with one copy. The function tests
-  only the largest magnitude of each leaf, which is NaN or infinite if any number in the leaf is. On
-  a CPU, this is faster than `jnp.isfinite(x).all()`.
+  only the largest magnitude of each leaf: it is not finite if any number in the leaf is not. On a
+  CPU, this is faster than `jnp.isfinite(x).all()`.
   """
   return jnp.stack([jnp.isfinite(jnp.abs(x).max()) for x in jax.tree.leaves(params)])
 

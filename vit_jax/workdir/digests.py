@@ -7,9 +7,8 @@ Decisions:
   * Checksums are computed from files, not from arrays. Therefore, a process can check them without
     the devices that wrote the arrays, and never needs memory for a whole array.
   * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file
-    is ignored, because it is incomplete. Checkpoints of older versions are an exception, because
-    they never had this file. Their item `config` has no key `format`, and has checksums of arrays
-    or no checksums.
+    is ignored, because it is incomplete. Only checkpoints of older versions count without this
+    file. Their item `config` has no key `format`, and has checksums of arrays or no checksums.
   * `_CHECKPOINT_METADATA` has no checksum, because orbax changes this file when it gives a
     checkpoint its final name.
 """
@@ -72,7 +71,8 @@ def compare_files(
     share: (i, n) compares only files i, i + n, i + 2n, ..., e.g. to divide the work over processes.
 
   Returns:
-    True if the checkpoint has checksums of files; False for checkpoints of older versions.
+    True if the files match their checksums; False for a checkpoint of an older version, which has
+    no checksums of files.
 
   Raises:
     Damaged: a file has changed, or is missing.

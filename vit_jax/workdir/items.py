@@ -33,7 +33,7 @@ CONTENT = (
   ValueError, LookupError, TypeError, AttributeError, RecursionError,
   FileNotFoundError, IsADirectoryError, NotADirectoryError,
 )  # fmt: skip
-# If a ValueError of tensorstore contains one of these texts, its cause is not the files' content.
+# A ValueError of tensorstore with one of these texts is not caused by the content of the files.
 LIMITS = (
   'RESOURCE_EXHAUSTED', 'UNAVAILABLE', 'PERMISSION_DENIED', 'CANCELLED', 'ABORTED',
   'DEADLINE_EXCEEDED', os.strerror(errno.EMFILE), os.strerror(errno.ENFILE),
@@ -84,7 +84,7 @@ def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
 
 
 def check_process() -> None:
-  """Raises an error if this process cannot even save and read a small checkpoint."""
+  """Raises an error if this process cannot save and read a small checkpoint of its own."""
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder).resolve() / 'probe'
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)

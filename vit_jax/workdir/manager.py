@@ -62,7 +62,7 @@ def open_manager(
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
     scored: {step: accuracy}; the caller can add steps later.
-    finished: more steps whose checkpoints are kept.
+    finished: steps whose checkpoints are kept too.
     before_commit: called in process 0 when all files of a checkpoint are written, before orbax
       gives the checkpoint its final name.
     agreement: the processes that save together; None if this process saves alone.
@@ -103,8 +103,7 @@ def set_array_handler() -> None:
 
   With these settings, orbax does not record the devices that held an array. If several devices
   hold copies of a large array, each of them writes a part. A small array is written from one
-  device. To divide an array, JAX must be called for each device, which would take longer than
-  writing a small array.
+  device, because dividing it takes longer than writing it: JAX must be called for each device.
   """
   handler = type_handlers.ArrayHandler(
     enable_write_sharding_file=False, min_slice_bytes_for_replica_parallel=SLICE_BYTES

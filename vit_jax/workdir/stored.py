@@ -84,13 +84,13 @@ def restore_item(workdir: pathlib.Path, step: int, item: str):
 def restore_weights(workdir: pathlib.Path, step: int) -> dict | None:
   """Returns a checkpoint's weights for inference (NumPy), or None if the checkpoint is damaged.
 
-  In the second case, the log names the damage.
+  If the checkpoint is damaged, the log names the damage.
   """
 
   def read():
     try:
       return read_weights_of(workdir, step)
-    except items.Damaged as error:  # caught here, because other processes get only its text
+    except items.Damaged as error:  # caught here: other processes get only its text, not its type
       log.warning('%s', error)
       return None
 
@@ -100,7 +100,7 @@ def restore_weights(workdir: pathlib.Path, step: int) -> dict | None:
 def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
   """Returns a checkpoint's EMA weights, or its parameters if the run has no EMA.
 
-  Only this process reads them.
+  Only the calling process reads the files.
 
   Raises:
     Damaged: an item is invalid, or has changed since it was saved.

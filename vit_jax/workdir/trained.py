@@ -6,7 +6,7 @@ Decisions:
   * A training file and a held-out file can have the same name, e.g. if the files of each split are
     numbered from 0001.jpg. Files with such names are identified by the hash of their content.
   * Copies of an image under a different name are not found.
-  * Data sets without files (digits, TFDS) are identified by `data.source`, whatever `data.dir` is.
+  * Data sets without files (digits, TFDS) are identified by `data.source` alone, not by `data.dir`.
     `audit.check_untrained` compares their splits.
 """
 
@@ -91,7 +91,7 @@ class TrainingFiles:
     return dataclasses.replace(self, inherited_N=NONE, inherited_splits=())
 
   def before(self) -> 'TrainingFiles':
-    """Returns a copy with only the inherited files and splits, without those of the run itself."""
+    """Returns a copy with only the inherited files and splits, not the run's own."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
@@ -145,7 +145,7 @@ def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
 def trained_splits(config: Mapping) -> tuple[tuple[str, str], ...]:
   """Returns the `(data.source, split)` pairs that a run with this config is trained on."""
   data = config['data']
-  # The last run of a sweep also trains on the validation split.
+  # The final run of a sweep also trains on the validation split.
   names = [data['train_split'], *[data['val_split']] * bool(config.get('sweep'))]
   return tuple((data['source'], name) for name in names)
 
@@ -156,7 +156,7 @@ def find_training_files(source: Source, config: Mapping, earlier: TrainingFiles)
   Args:
     source: dataset of the run.
     config: config of the run.
-    earlier: training files and splits of the weights that the run starts from.
+    earlier: training files and splits of the `init` weights and of the teacher.
   """
   own_splits = trained_splits(config)
   known = hash_training_files(source, [split for _, split in own_splits], earlier)
@@ -171,7 +171,7 @@ def hash_training_files(
   Args:
     source: dataset of the run.
     trained_on: the splits, in TFDS notation.
-    earlier: training files of the weights that the run starts from. The result has their hashes
+    earlier: training files of the `init` weights and of the teacher. The result has their hashes
       in `inherited_N`.
   """
   inside = {name: np.zeros(len(files), bool) for name, files in source.files.items()}
@@ -259,10 +259,10 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder. If these are '
-      'different images that only have the same names, move the images of each class into a '
-      'subfolder, such as <class>/new/. Their names then differ, because a name is the path below '
-      'the class folder (new/1.jpg).'
+      'or the content of the files. Choose a different split or folder. If only the names are the '
+      'same, but the images are different, move the images of each class into a subfolder, such as '
+      '<class>/new/. Their names then differ, because a name is the path below the class folder '
+      '(new/1.jpg).'
     )
   if number:
     log.warning(

@@ -3,9 +3,9 @@
 Decisions:
   * A run locks `log.txt` in its workdir before it writes any file. So a second command in the same
     workdir is refused before it can change the files of the run.
-  * If the workdir is in a bucket, a local scratch folder (`bucket.Mirror`) holds these files. The
-    whole files are uploaded when metrics are written (at most every `UPLOAD` seconds), before each
-    checkpoint and at the end.
+  * For a workdir in a bucket, a local scratch folder (`bucket.Mirror`) holds metrics, events and
+    log. The whole files are uploaded when metrics are written (at most every `UPLOAD` seconds),
+    before each checkpoint and at the end.
   * Events are written with tensorboardX, because clu's writers import TensorFlow.
 """
 
@@ -70,7 +70,7 @@ class Writer:
     try:
       self._opened.close()
     except (storage.Unwritten, bucket.Lost):
-      if error is None:  # otherwise `error` is the cause
+      if error is None:  # otherwise, `error` is the cause and is raised
         raise
 
   def keep(self, wanted: Callable[[dict], bool]) -> None:
