@@ -139,7 +139,7 @@ RECIPES = {'sgd': sgd, 'adamw': adamw, 'lora': lora}
 def parse(variant):
   """Splits a variant such as `b16,cifar10` into `(model, dataset, recipe)`; default recipe: `sgd`.
 
-  The three are keys of `MODELS`, `DATASETS` and `RECIPES`.
+  The three parts are keys of `MODELS`, `DATASETS` and `RECIPES`.
 
   Raises:
     ValueError: the variant does not have two or three parts, or a name is unknown.

@@ -4,8 +4,8 @@
         --workdir=runs/b16_c10_probe
 
 We have measured only `tiny`, with a head trained on CIFAR-10. The test accuracy was 62.2% with a
-backbone trained on Tiny-ImageNet (10 epochs, results/transfer.json), and 44.8% with a backbone that
-was pretrained without labels (50 epochs, results/masked.json).
+backbone trained on Tiny-ImageNet (10 epochs, results/transfer.json). With a backbone that was
+pretrained without labels (50 epochs, results/masked.json), it was 44.8%.
 
 For each learning rate in the config key `sweep`, a run trains a head on the first 98% of the
 training split. It measures the head's accuracy on the last 2%. For `folder`, the accuracy is

@@ -10,7 +10,7 @@ import importlib
 import os
 import threading
 
-# Otherwise etils, a library for files in buckets, would import TensorFlow.
+# Without this setting, etils (a library for files in buckets) would import TensorFlow.
 os.environ.setdefault('EPATH_USE_TF', '0')
 
 _PUBLIC = {  # imported on first use, because a model needs no data or checkpoint libraries

@@ -220,8 +220,8 @@ def check_distill(config: ConfigDict) -> None:
     return
   if config.freeze:
     raise ValueError(
-      'distill.teacher cannot be combined with freeze: the student learns with all its parameters. '
-      'Remove one of these keys.'
+      'distill.teacher cannot be combined with freeze, because a student with a frozen backbone is '
+      'not supported. Remove one of these keys.'
     )
   if config.loss.name == 'sigmoid':
     raise ValueError(

@@ -45,7 +45,10 @@ TRUE, FALSE = ('true', 't', '1'), ('false', 'f', '0')  # spellings that absl acc
 
 
 def unset(config: Mapping) -> set[str]:
-  """Returns the keys that `init`, the data or the run set later: None, or `data.cache=auto`."""
+  """Returns the unset keys that later get a value from `init`, from the data or from the run.
+
+  A key is unset if its value is None. The key `data.cache` is unset if its value is `auto`.
+  """
   keys = {name for name, key in KEYS.items() if key.open or name.startswith('model.')}
   values = flatten(config)
   left = {key for key in keys | {'data.mean', 'data.std', 'loss.name'} if values[key] is None}
@@ -255,7 +258,7 @@ def import_extensions(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def naming_imports(saved: Mapping) -> Iterator[None]:
-  """Context manager that reports a run's `--import` modules that are missing in this process.
+  """Context manager that reports which `--import` modules of a run this process did not import.
 
   If the code in the context raises a ValueError, the names of the missing modules are added to the
   message of the error. If the code succeeds, a warning lists the names. The modules are never

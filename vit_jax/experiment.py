@@ -48,8 +48,8 @@ class Experiment:
   """The model that a config describes, with the functions that training and evaluation need.
 
   `fit` resizes an image on the host. `names` lists the files that the weights were trained on; None
-  if no list was recorded. Only training needs `teacher` (None without a teacher) and `weight_L`,
-  the weight of each class in the loss (None without class weights). `calibration` turns logits into
+  if no list was recorded. Only training needs `teacher`, and `weight_L`: the weight of each
+  class in the loss. Both are None if the run does not use them. `calibration` turns logits into
   probabilities. `parts` is the number of micro-batches with which a training step fits into memory;
   None if not computed. `pack` pads images that keep their aspect ratio; None if all images are
   resized to one shape.
@@ -120,9 +120,9 @@ class Experiment:
   ) -> 'Experiment':
     """Returns an experiment for another image size and patch size, with the same parameters.
 
-    None keeps a size. The positions are stretched to the new grid of patches, and the patch
-    embedding is resized. If images are stored at the size of the model's input, their stored size
-    becomes `size`.
+    A size that is None stays unchanged. The positions are stretched to the new grid of patches,
+    and the patch embedding is resized. If images are stored at the size of the model's input, their
+    stored size becomes `size`.
     """
     own, own_patch = pair(self.config.data.image_size), self.model.patch_size
     size, patch = size or own, pair(patch_size or own_patch, 'model.patch_size')

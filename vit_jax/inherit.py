@@ -43,8 +43,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
   weights. If the objective needs no labels, the model has no head.
 
   Returns:
-    The config completed from the weights, the parameters, and the training files of the weights
-    (empty if unknown).
+    The config, completed with values from the weights.
+    The parameters, and the training files of the weights (empty if unknown).
 
   Raises:
     ValueError: the weights do not exist, or the config contradicts the weights.

@@ -15,7 +15,7 @@ class Key:
   """Description of one config key.
 
   Attributes:
-    default: value in `default_config()`; None: the value is found later, e.g. in the weights.
+    default: value in `default_config()`; None: the value is set later, e.g. from the weights.
     help: meaning of the key and of its special values, in one line.
     unit: unit of the value; empty for a name, a switch or a plain number.
     kind: type of the values; required only if the default is None.
@@ -53,22 +53,24 @@ TRAINING = {
   ),
   'epochs': Key(
     100.0, 'passes over the training split; raise it to extend a finished run; None: '
-    'recipe.epochs, or more if the run would otherwise have fewer than 300 steps', range=(0, 1e6),
-    open=True,
+    'recipe.epochs, or more epochs if recipe.epochs gives fewer than 300 training steps',
+    range=(0, 1e6), open=True,
   ),
   'batch_size': Key(
-    256, 'training batch size over all devices and hosts; None: recipe.batch_size, or less if the '
-    'run would otherwise have fewer than 300 steps', 'examples', range=COUNT, open=True,
+    256, 'training batch size over all devices and hosts; None: recipe.batch_size, or a smaller '
+    'size if the training split has fewer images or recipe.batch_size gives fewer than 300 '
+    'training steps', 'examples', range=COUNT, open=True,
   ),
   'micro_batches': Key(
     None, 'number of micro-batches into which each device splits its part of the batch, to save '
-    'memory; None: as few as the memory allows; on a CPU, as many as are needed for a micro-batch '
-    'to fit into the cache of a core', kind=int, range=COUNT, may_change=True,
+    'memory; None: the smallest number for which a training step fits into memory; on a CPU, the '
+    'number can be larger, so that a micro-batch fits into the cache of a core', kind=int,
+    range=COUNT, may_change=True,
   ),
   'device_memory': Key(
-    None, 'memory of each device; programs may use 90% of it; None: the amount that the device '
-    'reports; CPUs report none, so there is no limit', 'GiB', kind=float, range=(1e-6, 1e6),
-    may_change=True,
+    None, 'memory of each device; programs may use 90% of it; None: the memory that the device '
+    'reports; CPUs report no number, so programs on a CPU have no limit', 'GiB', kind=float,
+    range=(1e-6, 1e6), may_change=True,
   ),
   'eval_batch_size': Key(
     256, 'evaluation batch size over all devices and hosts', 'examples', range=COUNT,
@@ -87,8 +89,8 @@ TRAINING = {
     range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
-    2, 'number of newest checkpoints to keep; a run also keeps the best checkpoint on '
-    'data.val_split, and the last checkpoint before each increase of epochs', range=COUNT,
+    2, 'number of newest checkpoints to keep; a run also keeps the checkpoint with the best result '
+    'on data.val_split, and the last checkpoint before each increase of epochs', range=COUNT,
     may_change=True,
   ),
   'init': Key(
@@ -96,20 +98,22 @@ TRAINING = {
     '`vit_jax.load`; empty: random weights',
   ),
   'init_resize': Key(
-    'bilinear', 'method that resizes the position embedding of `init`; hf: as in the CLIP and '
-    'SigLIP models of transformers; paper: as in the code of the ViT paper', choices='RESIZES',
+    'bilinear', 'method that resizes the position embedding of `init`; hf: as for CLIP and SigLIP '
+    'in the library transformers; paper: as in the code of the ViT paper',
+    choices='RESIZES',
   ),
   'objective': Key(
-    None, 'what the run learns; supervised: the labels; distilled: the labels and the outputs of '
-    'distill.teacher; masked: hidden patches of the images, without labels; None: distilled if '
-    'distill.teacher is set, else supervised', kind=str, choices='OBJECTIVES',
+    None, 'what the model learns to predict; supervised: the labels; distilled: the labels and the '
+    'outputs of distill.teacher; masked: the hidden patches of images, without labels; None: '
+    'distilled if distill.teacher is set, else supervised', kind=str, choices='OBJECTIVES',
   ),
   'freeze': Key(
     '', 'backbone: train only the head, without dropout; empty: train all layers', choices='FREEZE'
   ),
   'adapt': Key(
-    '', 'lora: train only the head, and a low-rank update of each kernel in attention and MLP, on '
-    'top of the `init` weights; empty: no such update', choices='ADAPTERS',
+    '', 'lora: keep the `init` weights fixed, and train only the head and a low-rank update that '
+    'is added to each weight matrix in attention and MLP; empty: no such update',
+    choices='ADAPTERS',
   ),
   'classifier': Key(
     '', 'how to compute a head from features of the `init` weights, without training (needs '
@@ -117,9 +121,9 @@ TRAINING = {
     'empty: train the model', choices='CLASSIFIERS',
   ),
   'sweep': Key(
-    (), 'freeze=backbone: learning rates to compare on data.val_split; a final run then trains '
-    'with the best learning rate on data.train_split and data.val_split together; empty: no '
-    'comparison, optimizer.lr is used',
+    (), 'with freeze=backbone: learning rates to compare on data.val_split; a final run then '
+    'trains with the best learning rate on data.train_split and data.val_split together; '
+    'empty: use optimizer.lr, without a comparison',
   ),
   'ema': Key(
     0.0, 'decay per step of the moving average (EMA) of the weights; the decay is lower at the '
@@ -134,27 +138,32 @@ TRAINING = {
     'evaluation use model.patch_size; empty: only model.patch_size', 'pixels',
   ),
   'lora.rank': Key(
-    8, 'adapt=lora: rank of the update `A B` of a kernel: the number of columns of A and of rows '
-    'of B', range=(1, 1e4),
+    8, 'with adapt=lora: rank of the update `A B` of a weight matrix, which is the number of '
+    'columns of A and of rows of B', range=(1, 1e4),
   ),
   'lora.scale': Key(
-    1.0, 'adapt=lora: factor of the update `A B`; alpha / r in the LoRA paper', range=(1e-6, 1e6)
+    1.0, 'with adapt=lora: factor of the update `A B`; alpha / r in the LoRA paper',
+    range=(1e-6, 1e6),
   ),
   'masked.share': Key(
-    0.75, 'objective=masked: fraction of the patches that are hidden', range=(0.01, 0.99)
+    0.75, 'with objective=masked: fraction of the patches that are hidden', range=(0.01, 0.99)
   ),
-  'masked.decoder_width': Key(512, 'objective=masked: number of values in a token of the decoder'),
+  'masked.decoder_width': Key(
+    512, 'with objective=masked: number of values in a token of the decoder'
+  ),
   'masked.decoder_depth': Key(
-    8, 'objective=masked: number of blocks of the decoder', range=(1, 1000)
+    8, 'with objective=masked: number of blocks of the decoder', range=(1, 1000)
   ),
-  'masked.decoder_heads': Key(16, 'objective=masked: number of attention heads of the decoder'),
+  'masked.decoder_heads': Key(
+    16, 'with objective=masked: number of attention heads of the decoder'
+  ),
   'progressive.sizes': Key(
-    (), 'heights of the smaller images on which the run trains first, in the order of use; empty: '
-    'all images have the full size', 'pixels',
+    (), 'heights of the smaller images with which the run begins, in the order of use; each is at '
+    'most the height in data.image_size; empty: all images have the size data.image_size', 'pixels',
   ),
   'progressive.until': Key(
     (), 'one value for each size in progressive.sizes: the fraction of the run at which training '
-    'with this size ends; after the last value, images have the full size',
+    'with this size ends; after the last value, images have the size data.image_size',
   ),
   'mesh.data': Key(
     -1, 'number of devices over which the batch is split; -1: all remaining devices, or 1 if '
@@ -176,18 +185,18 @@ DATA = {
     '`labels:<csv or jsonl file>`, `digits` or `synthetic`',
   ),
   'data.dir': Key(
-    '', 'tfds: folder of the data (empty: $TFDS_DATA_DIR or ~/tensorflow_datasets); other '
-    'sources: folder from which relative paths start (empty: the current folder, or for paths in '
-    'a label file, the folder of the label file)', may_change=True,
+    '', 'for TFDS datasets: folder of the data; empty: $TFDS_DATA_DIR or ~/tensorflow_datasets; '
+    'for other sources: folder at which relative paths start; empty: paths in a label file start '
+    'at the folder of the label file, other paths at the current folder', may_change=True,
   ),
   'data.train_split': Key(
     'train', 'training split, e.g. `train[:98%]`; None: the split train, without the images that '
-    'are held out with data.val_split=None', open=True,
+    'data.val_split=None holds out', open=True,
   ),
   'data.val_split': Key(
     '', 'held-out split that selects the best checkpoint, or the learning rate of a sweep; empty: '
-    "no such split; None: the data's own validation split if it has one, else the last 10% of "
-    'train (only if data.train_split=None)', open=True,
+    'no such split; None: the validation split of the dataset; if the dataset has none: the last '
+    '10% of train with data.train_split=None, else no such split', open=True,
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
@@ -196,8 +205,9 @@ DATA = {
     may_change=True,
   ),
   'data.image_size': Key(
-    (32, 32), 'height and width of the model input; None: taken from `init`, else chosen by the '
-    'size of the training images, from 32 to 224', 'pixels', open=True,
+    (32, 32), 'height and width of the model input; None: taken from `init`, else 32, 64, 128 or '
+    '224, depending on the size of the training images; if a patch size is set, the result is '
+    'rounded down to a multiple of it', 'pixels', open=True,
   ),
   'data.mean': Key(
     None, 'mean that is subtracted from the pixels, which are in [0, 1]: one value per channel, '
@@ -226,12 +236,13 @@ DATA = {
     'the same as with stream, else stream', choices=('auto', 'memory', 'stream'),
   ),
   'data.workers': Key(
-    0, 'data.cache=stream: worker processes that decode; 0: the training process decodes',
-    range=(0, 1e3), may_change=True,
+    0, 'with data.cache=stream: number of worker processes that decode images; 0: the training '
+    'process decodes them', range=(0, 1e3), may_change=True,
   ),
   'data.threads': Key(
-    None, 'data.cache=stream: decoding threads per process; None: cores divided by data.workers '
-    '(if not 0), at most 16', kind=int, range=(1, 1e3), may_change=True,
+    None, 'with data.cache=stream: number of decoding threads per process; None: the number of CPU '
+    'cores, divided by data.workers if workers are used, but at most 16', kind=int,
+    range=(1, 1e3), may_change=True,
   ),
 }  # fmt: skip
 
@@ -265,7 +276,7 @@ AUGMENT = {  # augmentations are applied in this order
   ),
   'augment.rand_augment.space': Key(
     'standard', 'set of operations and the ranges of their strengths; standard: operations of the '
-    'RandAugment paper; timm, big_vision: as in their code; wide: as in TrivialAugment',
+    'RandAugment paper; timm, big_vision: as in these libraries; wide: as in TrivialAugment',
     choices='SPACES',
   ),
   'augment.trivial_augment.probability': Key(
@@ -294,12 +305,12 @@ AUGMENT = {  # augmentations are applied in this order
     1.0, 'alpha of the Beta distribution of cutmix areas; 0: no cutmix', range=(0, 1e3)
   ),
   'augment.mix.switch': Key(
-    0.5, 'probability that an image is mixed by cutmix instead of mixup; used only if neither '
-    'alpha is 0', range=SHARE,
+    0.5, 'probability that an image is mixed by cutmix instead of mixup; used only if both alphas '
+    'are above 0', range=SHARE,
   ),
   'augment.off_for_last': Key(
-    0.0, 'fraction of the run, at its end, in which images are only cropped and flipped; 0: none',
-    range=SHARE,
+    0.0, 'length of the last part of the run, in which images are only cropped and flipped, as a '
+    'fraction of the run; 0: no such part', range=SHARE,
   ),
 }  # fmt: skip
 
@@ -314,18 +325,18 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.num_heads': Key(None, 'number of attention heads', kind=int),
   'model.head_dim': Key(None, 'size of an attention head; None: width / num_heads', kind=int),
   'model.mlp': Key(
-    None, 'hidden units of the MLP, where f is model.activation; plain: f(x W); gated: f(x W) * '
-    '(x V), which is SwiGLU if f is silu; gated_norm: gated, followed by a LayerNorm', kind=str,
-    choices='MLPS',
+    None, 'formula of the hidden units of the MLP, with the input x, the weights W and V, and '
+    'f = model.activation; plain: f(x W); gated: f(x W) * (x V), which is SwiGLU if f is silu; '
+    'gated_norm: gated, followed by a LayerNorm', kind=str, choices='MLPS',
   ),
-  'model.mlp_dim': Key(None, 'hidden width of the MLP', kind=int),
+  'model.mlp_dim': Key(None, 'number of hidden units of the MLP', kind=int),
   'model.pool': Key(
     None, 'method that pools the tokens of an image into one vector; cls: class token; gap: mean '
-    'of the patches; map: attention with a learned query; cls_gap: cls and gap; distilled: class '
-    'and distillation token', kind=str, choices='POOLS',
+    'of the patch tokens; map: attention with a learned query; cls_gap: cls and gap, concatenated; '
+    'distilled: class token and distillation token, concatenated', kind=str, choices='POOLS',
   ),
   'model.class_token': Key(
-    None, 'whether to use a class token; None: only if the pooling reads it', kind=bool
+    None, 'whether to use a class token; None: only if model.pool reads it', kind=bool
   ),
   'model.position': Key(
     None, 'type of position embedding; sincos: fixed sines and cosines; rope: rotary; rope_unit: '
@@ -333,16 +344,16 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     choices='POSITIONS',
   ),
   'model.position_prefix': Key(
-    None, 'which of the tokens before the patches have a learned position; cls: only the class '
+    None, 'tokens in front of the patch tokens that have a learned position; cls: only the class '
     'token; none: no token; all: class token and registers', kind=str, choices='POSITION_PREFIXES',
   ),
   'model.rope_theta': Key(
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)
   ),
   'model.rope_grid': Key(
-    None, 'model.position=learned_rope: size of a patch grid (down, across); the coordinates of '
-    'all images are scaled to this grid; None: model.position_grid, else the grid of the images',
-    'patches', kind=tuple,
+    None, 'with model.position=learned_rope: patch grid (down, across) to which the coordinates of '
+    'the patches of each image are scaled; None: model.position_grid if set, else the grid of the '
+    'images', 'patches', kind=tuple,
   ),
   'model.position_grid': Key(
     None, 'size of the patch grid (down, across) for which position embeddings are made; the '
@@ -373,15 +384,16 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.norm_after_pool': Key(None, 'apply the last LayerNorm after the pooling', kind=bool),
   'model.qkv_bias': Key(None, 'add a bias to queries, keys and values', kind=bool),
   'model.key_bias': Key(
-    None, 'add a bias to keys; None: taken from `init`, else as model.qkv_bias', kind=bool
+    None, 'add a bias to keys; None: taken from `init`, else the same as model.qkv_bias', kind=bool
   ),
   'model.out_norm': Key(
     None, 'apply a LayerNorm before the output projection of attention', kind=bool
   ),
   'model.qk_norm': Key(None, 'apply LayerNorm to queries and keys', kind=bool),
   'model.activation': Key(
-    None, 'activation of the MLP: gelu_tanh in the code of the ViT paper, gelu in PyTorch models, '
-    'quick_gelu in CLIP, silu in SwiGLU', kind=str, choices='ACTIVATIONS',
+    None, 'activation function of the MLP; the code of the ViT paper uses gelu_tanh, PyTorch '
+    'models use gelu, CLIP uses quick_gelu, and SwiGLU uses silu', kind=str,
+    choices='ACTIVATIONS',
   ),
   'model.norm_epsilon': Key(None, 'epsilon of LayerNorm', kind=float, range=SHARE),
   'model.resnet': Key(None, 'number of units in each stage of the ResNet stem', kind=tuple),
@@ -393,37 +405,42 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.remat': Key(
     None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: all '
     'except the results of products with weights; full: all activations inside a block; None: the '
-    'run uses none or, if more micro-batches do not save enough memory, dots or full',
+    'run chooses one, and uses dots or full only if more micro-batches do not save enough memory',
     kind=str, choices='REMAT', may_change=True,
   ),
   'model.attention': Key(
-    'auto', 'kernel of attention; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
+    'auto', 'attention kernel; plain: XLA; cudnn: flash attention on NVIDIA GPUs; auto: the '
     'fastest kernel that gives correct results', choices='ATTENTION', may_change=True,
   ),
 }  # fmt: skip
 
 OPTIMIZER = {
   'optimizer.name': Key(
-    'adamw', 'optimizer; sgd: with momentum; muon: Muon for kernels in blocks, AdamW for all '
-    'other parameters', choices='OPTIMIZERS',
+    'adamw', 'optimizer; sgd: with momentum; muon: Muon for weight matrices in blocks, AdamW '
+    'for all other parameters', choices='OPTIMIZERS',
   ),
   'optimizer.lr': Key(
     1e-3, 'peak learning rate; None: recipe.lr x r for sgd, recipe.lr x sqrt(r) for the other '
     'optimizers, where r is batch_size / recipe.batch_size', range=(0, 1e38), open=True,
   ),
   'optimizer.weight_decay': Key(
-    0.05, 'weight decay of weight matrices; each step multiplies it by the learning rate',
-    range=(0, 1e6),
+    0.05, 'weight decay of weight matrices; each step also subtracts learning rate x weight_decay '
+    'x weight', range=(0, 1e6),
   ),
-  'optimizer.b1': Key(0.9, 'adamw, muon: decay rate of the first moment', range=DECAY),
-  'optimizer.b2': Key(0.999, 'adamw, muon: decay rate of the second moment', range=DECAY),
-  'optimizer.momentum': Key(0.9, 'sgd, muon: decay rate of the momentum', range=DECAY),
+  'optimizer.b1': Key(
+    0.9, "for adamw and muon: decay rate of AdamW's first moment", range=DECAY
+  ),
+  'optimizer.b2': Key(
+    0.999, "for adamw and muon: decay rate of AdamW's second moment", range=DECAY
+  ),
+  'optimizer.momentum': Key(0.9, 'for sgd and muon: decay rate of the momentum', range=DECAY),
   'optimizer.moment_dtype': Key(
-    'float32', 'number format of the first moment; bfloat16 saves memory', choices='MOMENT_DTYPES'
+    'float32', 'number format of the first moment and of the momentum; bfloat16 saves memory',
+    choices='MOMENT_DTYPES',
   ),
   'optimizer.layer_decay': Key(
-    1.0, 'factor by which the learning rate falls from each layer to the layer below, starting at '
-    'the head; 1: all layers have the same learning rate', range=(1e-6, 1),
+    1.0, 'learning rate of a layer, divided by the learning rate of the layer above it; the head '
+    'has the full rate; 1: all layers have the same rate', range=(1e-6, 1),
   ),
   'optimizer.clip': Key(
     1.0, 'maximum global norm of the gradients; 0: no clipping', range=(0, 1e38)
@@ -432,7 +449,7 @@ OPTIMIZER = {
     'cosine', 'kind of learning-rate decay after the warm-up', choices='SCHEDULES'
   ),
   'schedule.warmup': Key(
-    5.0, 'length of the linear warm-up, at most a fifth of the run; None: '
+    5.0, 'length of the linear warm-up, which is limited to a fifth of the run; None: '
     'epochs x recipe.warmup / recipe.epochs', 'epochs', range=(0, 1e6), open=True,
   ),
   'loss.name': Key(
@@ -441,14 +458,15 @@ OPTIMIZER = {
   ),
   'loss.class_weights': Key(
     'none', 'weights of the classes in the training loss; none: all equal; balanced: inversely '
-    'proportional to the number of training labels; or the weights of some classes: cat=2,dog=0.5',
+    'proportional to the number of training labels of the class; cat=2,dog=0.5: weights of the '
+    'named classes, and 1 for all other classes',
   ),
   'loss.label_smoothing': Key(
     0.0, 'fraction of the target probability that is spread evenly over all classes', range=SHARE,
   ),
   'distill.teacher': Key(
-    '', 'trained model (the teacher) whose predictions the run also learns; it is named in the '
-    'same way as `init`; empty: no teacher',
+    '', 'trained model (the teacher) whose predictions the run also learns; the value has the same '
+    'form as `init`; empty: no teacher',
   ),
   'distill.kind': Key(
     'soft', "soft: learn the teacher's probabilities; hard: learn the class that the teacher "
@@ -459,15 +477,15 @@ OPTIMIZER = {
     range=SHARE,
   ),
   'distill.temperature': Key(
-    1.0, 'distill.kind=soft: divisor of the logits of teacher and student; above 1, unlikely '
-    'classes count more', range=(0.01, 1e3),
+    1.0, 'with distill.kind=soft: divisor of the logits of teacher and student; a value above 1 '
+    'gives unlikely classes more weight', range=(0.01, 1e3),
   ),
 }  # fmt: skip
 
 RECIPE = {  # only a new run reads these keys, to choose values for keys that are None
   'recipe.batch_size': Key(
-    256, 'with batch_size=None: largest batch size that a new run may choose', 'examples',
-    range=COUNT, may_change=True,
+    256, 'with batch_size=None: largest batch size that a new run may choose; exceeded only if the '
+    'devices cannot divide so few examples', 'examples', range=COUNT, may_change=True,
   ),
   'recipe.epochs': Key(
     100.0, 'with epochs=None: smallest number of epochs that a new run may choose', range=(0, 1e6),

@@ -8,7 +8,7 @@ import re
 
 import jax
 
-LESS = {  # {activity, as named in `memory_for`: remedy}
+LESS = {  # {activity (the argument `what` of `memory_for`): remedy}
   'Training': (
     'Raise micro_batches or set model.remat=full, and repeat the command: the run resumes with '
     'the new values. Or start a new run with a smaller batch_size or data.image_size, or with '

@@ -4,7 +4,7 @@ Decisions:
   * A run has at least `MIN_STEPS` steps, unless the config sets `epochs`. To reach this number, the
     batch first becomes smaller, down to `MIN_BATCH`. If that gives too few steps, the run also gets
     more epochs.
-  * The batch size is the smallest size that the devices can divide, multiplied by a power of two.
+  * The batch size is a power of two, times the smallest batch size that the devices can divide.
   * A batch has at most as many images as the training split, but never fewer than the smallest size
     that the devices can divide.
   * The learning rate of SGD is proportional to the batch size (Goyal et al. 2017, 1706.02677,
@@ -139,8 +139,8 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   """Returns the splits for training and for validation.
 
   A `data.val_split` that is set is kept. If it is None, the dataset's own validation split is used.
-  If the dataset has none and `data.train_split` is None, training images are held out. Otherwise,
-  and if too few images can be held out, the validation split is empty.
+  If the dataset has none and `data.train_split` is None, training images are held out. In all other
+  cases, and if there are too few images to hold some out, the validation split is empty.
   """
   train, val = config.data.train_split, config.data.val_split
   own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
@@ -149,7 +149,7 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   if train is not None or val is not None:
     if val is None:
       log.warning(
-        'data.train_split=%s is set and data.val_split is not, so no images are held out for '
+        'data.train_split=%s is set, but data.val_split is None, so no images are held out for '
         'validation. Set data.val_split, or set data.train_split=None to hold out some images.',
         train,
       )

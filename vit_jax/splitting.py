@@ -63,8 +63,8 @@ def open_splits(
   `seen` lists the files on which the weights were trained. These files are removed from the
   validation and test splits, with two exceptions for the validation split. If the run compares
   learning rates (`sweep`), its own training files stay, because its final training uses the
-  validation split too. If the validation split would be empty, the files that only `init` or the
-  teacher was trained on stay (`workdir.open_validation`).
+  validation split too. If the validation split would become empty, it keeps the files that only
+  `init` or the teacher was trained on (`workdir.open_validation`).
 
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole
@@ -143,7 +143,8 @@ def cache_to_resume(
 
   A run may change between memory and streaming if this does not change its training batches. The
   result is then `stream` if this value is given, else `auto`. It is `auto` even if `memory` is
-  given, because this machine may have less memory.
+  given, because this machine may have less memory. If the batches would change, the given value
+  must equal `before`, and is returned.
 
   Args:
     reading: settings for reading the splits, with the given `data.cache`.
@@ -172,7 +173,7 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
   """Returns the experiment for images that keep their aspect ratio (`model/patching.py`).
 
   Images are neither cropped nor resized to one size. Each image is resized to a grid of at most
-  `max_patches` patches, over which the positions are stretched.
+  `max_patches` patches. The position embeddings are stretched to this grid.
 
   Raises:
     ValueError: the model cannot read images of different shapes in one batch.

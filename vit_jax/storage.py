@@ -1,6 +1,6 @@
 """Writes files atomically, and checks before a long run whether files can be written.
 
-A path can be in a bucket of cloud storage, which always writes an object atomically. If a bucket
+A path can be in a bucket of cloud storage. A bucket always writes an object atomically. If a bucket
 does not answer, the program ends with the exit code `TRY_AGAIN`.
 """
 

@@ -1,11 +1,11 @@
-"""A gcsfs file system that retries failed requests for minutes, and treats no name as a pattern.
+"""A gcsfs file system that retries failed requests for minutes, and never reads names as patterns.
 
 gcsfs itself retries a failed request for about half a minute, but a bucket can answer with the
 error 503 for longer. All requests of this process use this file system, including the requests of
 etils and orbax. Only tensorstore has its own client.
 
-A request is retried for `PATIENCE` seconds. If all requests of this period have failed, each later
-request is sent only once. So a program ends soon if its bucket is unreachable, although it still
+A request is retried for `PATIENCE` seconds. If all requests have failed for this time, each later
+request is sent only once. So if a bucket is unreachable, the program ends soon, although it still
 tries to write its log and to remove its lock.
 """
 

@@ -14,7 +14,7 @@ from vit_jax.bucket import objects
 
 
 class Mirror:
-  """Context manager for a temporary local folder, whose files `upload` copies to a bucket.
+  """Context manager for a temporary local folder; `upload` copies its files to a bucket.
 
   The attribute `folder` is the path of the temporary folder. The folder is deleted at the end.
   """

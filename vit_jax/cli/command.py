@@ -109,7 +109,7 @@ def load_extensions(names: Sequence[str]) -> None:
   """Imports the modules in `--import`; they can be in Python's path or the current folder."""
   from vit_jax.distributed import start_up
 
-  start_up()  # first, because a query for devices in an extension would start JAX
+  start_up()  # must run before an extension starts JAX, e.g. by a query for devices
   sys.path.append(os.getcwd())
   import_extensions(names)
 
@@ -123,6 +123,6 @@ def install_for(error: ModuleNotFoundError) -> str | None:
 def keep_compiled() -> None:
   """Enables JAX's persistent compilation cache. Must be called before JAX is imported."""
   cache = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-  if not cache.startswith('~'):  # else this user has no home
+  if not cache.startswith('~'):  # the ~ stays if this user has no home folder
     folder = pathlib.Path(cache, 'vit_jax', 'compiled')
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

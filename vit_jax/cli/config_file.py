@@ -24,9 +24,10 @@ def load_file(spec: str) -> ConfigDict:
   `spec` is `path/to/file.py` or `path/to/file.py:variant`. The variant is passed to `get_config`.
 
   Raises:
-    ValueError: the file does not exist, has no function `get_config`, raises an error, or sets an
-      unknown key. Or `spec` has a variant, but `get_config` takes no argument. The message names
-      the file. If the code of the file raised the error, the message also names the line.
+    ValueError: the file does not exist, has no function `get_config`, or raises an error. Or
+      `get_config` does not return a ConfigDict, or sets an unknown key or a section. Or `spec` has
+      a variant, but `get_config` takes no argument. The message names the file. If the code of the
+      file raised the error, the message also names the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():
@@ -75,7 +76,7 @@ def neighbours(path: str) -> Iterator[None]:
   For example, a file in `configs/` can contain `from configs import finetune`.
   """
   base = str(pathlib.Path(path).resolve().parent.parent)
-  sys.path.append(base)  # at the end, so that modules in this folder hide no others
+  sys.path.append(base)  # searched last, so modules in this folder hide no others
   try:
     yield
   finally:

@@ -191,7 +191,7 @@ def random_part(
     height: height of the image.
     width: width of the image.
     min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
-    max_aspect: largest ratio of longer to shorter side, unless the image itself is too elongated.
+    max_aspect: largest ratio of longer to shorter side; exceeded only if no such box fits.
   """
   area = min_area + (1 - min_area) * uniform_4[0]
   whole, most = math.log(width / height), math.log(max_aspect)
@@ -289,7 +289,7 @@ def opencv():
   return cv2
 
 
-FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in all versions
+FILTERS = ('nearest', 'box', 'bilinear', 'hamming', 'bicubic', 'lanczos')  # in all Pillow versions
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in FILTERS}
 
 

@@ -8,9 +8,9 @@ Decisions:
     folders that are named like a split or a class. So the sources `labels:` and `folder:` hold out
     the same images of a folder for testing. A model that was trained with one of the two sources
     can be tested with the other one.
-  * Some images can be outside the folder at which relative paths start. For them, the hash
-    ignores the path up to the last split or class folder. Without such a folder, it ignores the
-    path of the common parent of all images outside. So the images can be moved.
+  * Some images can be outside the folder at which relative paths start. For such an image, the hash
+    ignores the path up to the last split or class folder. If the path has no such folder, the hash
+    ignores the common parent folder of all outside images. So the images can be moved.
   * A mistake in the label file raises an error that names the line. Two rows for the same image are
     a mistake if their labels or their splits differ.
 """

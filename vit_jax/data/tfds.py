@@ -43,7 +43,7 @@ def open_tfds(name: str, data_dir: str, image_size: tuple[int, int]) -> Source:
   """
   del image_size
   root = data_root(name, data_dir)
-  if jax.distributed.is_initialized():  # process 0 prepares data that all may share
+  if jax.distributed.is_initialized():  # process 0 goes first, as all may share the folder
     from_first(lambda: prepared_builder(name, root) and None)
   return tfds_source(name, prepared_builder(name, root))
 
@@ -136,7 +136,7 @@ def prepared_builder(name: str, root: pathlib.Path):
     if attempt == 'find' and is_remote(root):
       raise ValueError(
         f'tfds:{name} is not prepared in {root}. On a machine with tensorflow, run the command '
-        'below, and copy the folder that it writes into the bucket:\n'
+        'below, and upload the resulting folder to the bucket:\n'
         f'    tfds build {name} --file_format=array_record'
       )
     if attempt == 'find':

@@ -4,8 +4,9 @@ Decisions:
   * Orbax's own barrier does not notice that a process has failed, so the other processes would wait
     until its time limit of 20 minutes. A process that waits at the barrier of this module checks
     twice a second whether another process has failed.
-  * Orbax waits in a background thread while training uses the devices. A barrier of collectives
-    would need the devices at the same time, so this barrier uses JAX's coordination service.
+  * Orbax waits in a background thread while training uses the devices. A barrier that is made of
+    collective operations would need the devices at the same time. So this barrier uses JAX's
+    coordination service.
 """
 
 import collections

@@ -6,8 +6,8 @@ Decisions:
     (`jax.experimental.topologies`).
   * `compiled_for` overrides the devices of the mesh. For example, a machine without a GPU can lower
     a training step for a GPU.
-  * `model.apply` gets no mesh, so the model runs on JAX's default device. Therefore `target`
-    describes the default device if it gets no mesh.
+  * `model.apply` gets no mesh, so the model runs on JAX's default device. Therefore, a call of
+    `target` without a mesh describes the default device.
 """
 
 from collections.abc import Iterator

@@ -68,7 +68,7 @@ class Fitted:
     Returns this number of micro-batches and the jitted function.
 
     Raises:
-      limits.OutOfMemory: the function does not fit with any number.
+      limits.OutOfMemory: the function does not fit with any of the numbers that were tried.
     """
     budget, fixed, functions = self._budget, size_on_device(self._mesh, params), {}
 

@@ -34,7 +34,7 @@ JOIN = 300  # maximum seconds to wait for the other processes to start
 PARTING = 2.0  # seconds that process 0 waits after an error, so that the others exit first
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 MAX_PORT = 65535
-NO_ADDRESS = 'Retry failed'  # JAX's error has this text if Kubernetes lacks process 0's address
+NO_ADDRESS = 'Retry failed'  # text of JAX's error if Kubernetes has no address for process 0
 AGAIN = 'start all processes again with the same commands to resume from the last checkpoint.'
 ALONE = 'To run only this process, use --num_processes=1.'
 # Environment variables that Slurm, Open MPI, an indexed Kubernetes job or the user sets in each
@@ -170,7 +170,8 @@ def why_not_free(port: int) -> str | None:
   """Returns the reason why this machine cannot listen on a port; None if it can."""
   both = socket.has_dualstack_ipv6()  # JAX listens on IPv4 and IPv6 addresses
   with socket.socket(socket.AF_INET6 if both else socket.AF_INET) as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so an ended run's port is free
+    # With this option, a port that a run has just stopped using counts as free.
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if both:
       probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     try:

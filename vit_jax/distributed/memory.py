@@ -22,7 +22,7 @@ from vit_jax.limits import is_full
 # for gaps between allocations.
 SHARE = 0.9
 COMPILATIONS = 3  # maximum number of programs to compile until one fits
-MARGIN = 1.1  # safety factor on the corrected estimate after a program did not fit
+MARGIN = 1.1  # after a program did not fit, the raised `factor` is also multiplied by this
 
 Plan = TypeVar('Plan')
 
@@ -32,8 +32,8 @@ class Fit(Generic[Plan]):
   """Result of `first_fit`.
 
   Attributes:
-    plan: the plan that fits; if none fits, the last plan that was compiled.
-    compiled: the compiled program; None if no plan fits.
+    plan: the plan that fits; if no compiled plan fits, the last plan that was compiled.
+    compiled: the compiled program; None if no compiled plan fits.
     size: bytes that the program needs on each device; infinite if the compiler reported that memory
       ran out.
     attempts: number of compilations.
@@ -58,7 +58,8 @@ def first_fit(
   micro-batches. The memory for a plan is first estimated, from `need` and `factor`. Plans whose
   estimate exceeds `budget` are skipped. If all are skipped, the last plan is compiled. If a
   compiled program does not fit, `factor` is raised so that the estimate is at least the measured
-  memory. At most `COMPILATIONS` plans are compiled.
+  memory. If the compiler itself ran out of memory, twice the budget replaces the measured memory.
+  At most `COMPILATIONS` plans are compiled.
 
   Args:
     plans: plans from the fastest one to the one that needs the least memory.

@@ -2,9 +2,9 @@
 
 import jax
 
-# Dense bfloat16 products, in units of 10^12 FLOPs per second, from the vendors' data sheets. The
-# keys are prefixes of `device_kind`, and the first matching key counts. So 'NVIDIA H100 PCIe' must
-# come before 'NVIDIA H100'.
+# Peak speed of dense bfloat16 matrix products in TFLOP/s (10^12 FLOPs per second), from the
+# vendors' data sheets. The keys are prefixes of `device_kind`, and the first matching key counts.
+# So 'NVIDIA H100 PCIe' must come before 'NVIDIA H100'.
 PEAK_TFLOPS = {
   'NVIDIA A100': 312,
   'NVIDIA H100 PCIe': 756,

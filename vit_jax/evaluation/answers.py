@@ -1,4 +1,4 @@
-"""Computes the logits of a split once, and from these logits the losses and predictions.
+"""Computes the logits of a split once, and derives losses and predictions from these logits.
 
 Decisions:
   * Every process gets the logits of the whole batch, and computes predictions and probabilities
@@ -205,8 +205,8 @@ def trust(
     `temperature_examples`: the number of validation examples that the temperature was fitted on.
     `per_class`: a dict from each class name to the class's `precision`, `recall`, `f1` and
       `support`.
-    `confusion`: `{true class: {predicted class: number of examples}}`. Pairs of classes that do not
-      occur are left out.
+    `confusion`: `{true class: {predicted class: number of examples}}`. A pair of classes
+      without examples is left out.
     `reliability`: a list of dicts, one for each bin of `measures.reliability`.
     `coverage`: a list of dicts, one for each point of `measures.coverage_curve`.
   """

@@ -111,7 +111,8 @@ def load_splits(experiment: Experiment, *parts: tuple[Source, str]) -> list[Spli
   Args:
     experiment: the model's experiment.
     *parts: one pair for each split to open: the dataset, and the name of the split in TFDS
-      notation. All pairs have the same dataset, but each pair can leave out other files of it.
+      notation. All pairs have the same dataset, but different files can be left out of it in each
+      pair.
 
   Returns:
     The splits, in the order of `parts`.

@@ -144,8 +144,8 @@ def read_cache(path: pathlib.Path) -> dict[str, np.ndarray] | None:
 def traced(exp: Experiment, params: dict) -> str:
   """Returns JAX's version and the traced program of `extract` as text, for the cache key.
 
-  The program is traced for one image on one device. Any edit that changes how features are
-  computed, in any file, also changes this text.
+  The program is traced for one image on one device. If an edit of any source file changes how
+  features are computed from uint8 images, this text also changes.
   """
   shape = (1, *exp.task.stored_size, exp.task.channels)
   arguments = {'image': jax.ShapeDtypeStruct(shape, np.uint8)}, jax.tree.map(abstract, params)
@@ -170,7 +170,7 @@ def key(exp: Experiment, params: dict, examples: Split) -> str:
   backbone = {name: leaves for name, leaves in params.items() if name != 'head'}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(backbone))
   for path, array in itertools.chain(leaves, examples.content()):
-    text = f'{path} {array.shape} {array.dtype}'  # the path of a file may not be valid UTF-8
+    text = f'{path} {array.shape} {array.dtype}'  # the path of a file can contain invalid UTF-8
     digest.update(text.encode(errors='surrogateescape'))
     digest.update(np.ascontiguousarray(array).data)
   return digest.hexdigest()[:32]

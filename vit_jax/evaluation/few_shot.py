@@ -104,7 +104,7 @@ def draw_readable(
 
 
 def in_parts(index_N: np.ndarray) -> list[np.ndarray]:
-  """Divides indices into lists of at most `PART`, so that the decoded images fit into memory."""
+  """Divides indices into arrays of at most `PART`, so that the decoded images fit into memory."""
   return [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
 
 

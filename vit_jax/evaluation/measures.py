@@ -88,7 +88,7 @@ def confused(
 ) -> dict[str, dict[str, int]]:
   """Returns the confusion matrix as `{true class: {predicted class: number of examples}}`.
 
-  Pairs of classes that do not occur are left out.
+  If a pair of true and predicted class has no example, the pair is left out.
 
   Args:
     label_N: true class of each example.

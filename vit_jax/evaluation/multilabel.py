@@ -59,9 +59,9 @@ def best_thresholds(probability_NL: np.ndarray, label_NL: np.ndarray) -> np.ndar
   """Returns for each class the threshold with the highest F1 on the given images, `[L]`.
 
   A threshold lies halfway between two neighbouring probabilities of the images, or between the
-  lowest probability and 0, so rounding errors do not change predictions. If several thresholds
-  have the highest F1, the largest of these thresholds is chosen. A class without positive images
-  gets `THRESHOLD`. Fit thresholds on validation images, never on test images.
+  lowest probability and 0. Therefore, rounding errors do not change predictions. If several
+  thresholds have the highest F1, the largest of these thresholds is chosen. A class without
+  positive images gets `THRESHOLD`. Fit thresholds on validation images, never on test images.
 
   Args:
     probability_NL: probability of each class.

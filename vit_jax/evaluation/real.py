@@ -14,7 +14,7 @@ from vit_jax.data import Source
 from vit_jax.experiment import Experiment
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name of an image; the first number is 1
-CLASS = re.compile(r'n\d{8}')  # class name; a label is the position of a name in the sorted list
+CLASS = re.compile(r'n\d{8}')  # class name; its label is its index in the sorted list of names
 
 
 def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ class Scores:
         return np.exp(-np.logaddexp(0, -logits_NL.max(axis=1)))
       return 1 / np.exp(gap_NL / temperature).sum(axis=1)
 
-    if logits_NL.shape[1] > 5:  # of equal logits, the first counts as larger, as in argmax
+    if logits_NL.shape[1] > 5:  # if logits are equal, the first one counts as larger, as in argmax
       own_N1 = np.take_along_axis(logits_NL, label_N1, axis=1)
       earlier_NL = np.arange(logits_NL.shape[1]) < label_N1
       above_NL = (logits_NL > own_N1) | ((logits_NL == own_N1) & earlier_NL)

@@ -158,7 +158,7 @@ def draw_filters(filter_FpqC: np.ndarray, share_F: np.ndarray) -> Figure:
 
 @canvas.styled
 def draw_position_similarity(similarity_hwhw: np.ndarray) -> Figure:
-  """Draws, for each patch, a map of the similarity of its position embedding to all others.
+  """Draws a map for each patch: cosine similarities of its position embedding to all embeddings.
 
   If the grid of patches is large, only the maps of evenly spaced patches are drawn.
 

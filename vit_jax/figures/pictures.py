@@ -135,8 +135,8 @@ def picture_coverage(subject: Subject) -> tuple[Figure, str]:
   curve = coverage_curve(scores.confidence_N, scores.correct_N, POINTS)
   half = POINTS // 2 - 1
   return charts.draw_coverage(curve), (
-    'Accuracy if the model classifies only the images of which it is most confident, and lowest '
-    'confidence among these images. On the most confident half of all images, the accuracy is '
+    'Left: accuracy if the model classifies only the images with the highest confidence. Right: '
+    'lowest confidence among these images. On the more confident half of all images, accuracy is '
     f'{curve["accuracy"][half]:.2%}.'
   )
 

@@ -47,7 +47,7 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
 
 @canvas.styled
 def draw_reconstruction(image_RBHWC: np.ndarray) -> Figure:
-  """Draws three rows: the original images, only their seen patches, and the filled-in images.
+  """Draws three rows: the original images, the seen patches only, and the filled-in images.
 
   Args:
     image_RBHWC: the three versions of B images, from `reconstruct`.

@@ -1,8 +1,8 @@
 """Writes the model card of an export: a README.md that describes the weights and how to run them.
 
 Decisions:
-  * The card only states what is stored with the weights, and reports everything else as unknown. A
-    run of vit_jax stores its config and its result. Published weights store much less.
+  * The card states only facts that are stored with the weights or measured by the export. All other
+    facts are `unknown`. A run stores its config and its result; published weights store much less.
   * The card does not choose a license; the user does.
 """
 
@@ -24,7 +24,7 @@ from vit_jax.weights import (
 
 NAME = 'README.md'
 SIGNATURE = 'Written by `python main.py --mode=export` of vit_jax.'
-SHOWN = 100  # maximum number of thresholds, and of class names if an exported file lists them
+SHOWN = 100  # maximum number of thresholds; also of class names, if a JSON file lists all names
 
 
 def write_card(

@@ -39,7 +39,7 @@ from vit_jax.training import (
 )
 from vit_jax.weights import flatten_params
 
-MANY = 10**9  # assumed number of examples if it is unknown; memory does not depend on it
+MANY = 10**9  # assumed if the number of examples is unknown; does not change the memory estimate
 
 
 @dataclasses.dataclass(frozen=True)

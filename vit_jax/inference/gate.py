@@ -1,8 +1,8 @@
 """Starts the web server of the demo page, which accepts only requests that the page needs.
 
-Gradio has many more routes. Some of them run programs on uploaded files, write files or fetch
-addresses. The server therefore accepts only the routes that the page and the clients of its API
-use.
+Besides the routes that the page needs, Gradio has many others. Some of these run programs on
+uploaded files, write files or fetch URLs. The server therefore accepts only the routes that the
+page and the clients of its API use.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Gate:
     self.app = app
 
   async def __call__(self, scope, receive, send) -> None:
-    """Passes an allowed request on, and refuses any other."""
+    """Passes an allowed request on to the application, and refuses all other requests."""
     if scope['type'] != 'http':
       return await self.app(scope, receive, send)
     method, path, began = scope['method'], scope['path'], False
@@ -98,7 +98,7 @@ class Gate:
     if not began:
       await PlainTextResponse(failed, status_code=500)(scope, receive, send)
     else:
-      with contextlib.suppress(RuntimeError):  # the header gave another length
+      with contextlib.suppress(RuntimeError):  # raised e.g. if the header promised a longer body
         await send({'type': 'http.response.body', 'body': b''})
 
 
@@ -121,7 +121,7 @@ class Page(gr.Blocks):
 
 
 class Choice(gr.EventData):
-  """The event that a visitor chose an element of a gallery.
+  """Event data of a visitor who chose an element of a gallery.
 
   Unlike `gr.SelectData`, it accepts all data that a client sends.
 
@@ -136,7 +136,7 @@ class Choice(gr.EventData):
 
 
 def reason_of(error: BaseException) -> str:
-  """Returns what an error says, on one line and shortened to `LONGEST` characters."""
+  """Returns the message of an error, on one line and shortened to `LONGEST` characters."""
   text = f'{type(error).__name__}: {error}'
   if isinstance(error, HTTPException):
     text = f'{error.status_code} {error.detail}'
@@ -172,7 +172,7 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
     max_file_size=MAX_BYTES,
     state_session_capacity=MAX_SESSIONS,
     enable_monitoring=False,
-    run_history=False,  # its routes act with the Hugging Face token of the machine's user
+    run_history=False,  # its routes use the Hugging Face token of the user who runs the server
     ssr_mode=False,
     theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
     css=CSS,

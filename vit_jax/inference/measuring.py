@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 `image_BHWC` to float32 `logits_BL`
 
-# Config keys that an export reads. They describe the images for calibration and measurement.
+# Config keys that an export reads, to load the images for calibration and measurement.
 READ = (
   'data.source', 'data.dir', 'data.train_split', 'data.val_split', 'data.eval_split', 'data.cache',
   'data.skip_bad_images', 'data.threads', 'data.workers', 'eval_batch_size',
 )  # fmt: skip
 CALIBRATION = 512  # maximum number of sample images for measuring ranges of activations
-NOTABLE = 0.01  # a warning is logged if the accuracy falls by more than this
+NOTABLE = 0.01  # a warning is logged if the accuracy (0 to 1) falls by more than this amount
 TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
 LONGEST = 30.0  # seconds after which no new turn begins
 
@@ -113,7 +113,7 @@ def open_experiment(
 
   Args:
     path: anything that `vit_jax.load` reads.
-    step: checkpoint of a workdir: `best`, `last` or a number; empty: as in `Request`.
+    step: checkpoint of a workdir: `best`, `last` or a number. If empty, chosen as in `Request`.
     overrides: config keys and their values as text.
     zero_shot: npz file with text embeddings of the classes, as in `Request`.
 

@@ -131,7 +131,8 @@ class Viewer:
 def light(image_HWC: np.ndarray, map_hw: np.ndarray) -> np.ndarray:
   """Enlarges an image, and darkens pixels with low attention: returns uint8 `[H', W', 3]`.
 
-  Both sides are multiplied by the smallest integer that makes each at least `SHOWN` pixels long.
+  Both sides are multiplied by the same integer: the smallest integer with which each side is at
+  least `SHOWN` pixels long.
   """
   times = max(1, -(-SHOWN // min(image_HWC.shape[:2])))
   image_HWC = np.kron(image_HWC, np.ones((times, times, 1), np.uint8))

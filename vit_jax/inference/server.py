@@ -12,7 +12,7 @@ Decisions:
   * Uploads are stored in a temporary folder, which is deleted when the server stops. Gradio writes
     all its files into this folder.
   * An invalid request causes a message to the client or one line in the log. A traceback in the log
-    means that the page has a bug, or that Gradio has one.
+    means that the page or Gradio has a bug.
 """
 
 import logging
@@ -60,14 +60,14 @@ def find_examples(
 ) -> list[pathlib.Path]:
   """Returns the image files that the demo page offers as examples.
 
-  The examples are the images in the folder `examples` of the workdir. If this folder is empty or
-  missing, the first images of the evaluation split are used. Published weights have no examples.
+  The examples are the PNG files in the folder `examples` of the workdir. If there are none, the
+  first images of the evaluation split are used. Published weights have no examples.
 
   Args:
     exp: the experiment of the weights.
     workdir: folder of the run; None for published weights.
-    folder: local folder for images of the split. If the workdir is in a bucket, the images in its
-      folder `examples` are also copied to this local folder.
+    folder: local folder for images of the split. If the workdir is in a bucket, the PNG files of
+      its folder `examples` are also copied to this local folder.
   """
   if workdir is None:
     return []

@@ -55,7 +55,7 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
   Returns:
     The experiment.
     The number of training examples; None if it is unknown.
-    Sentences about what was assumed, because the dataset is not available.
+    Sentences about assumptions that replace the missing dataset; empty if the dataset is available.
 
   Raises:
     ValueError: the model is not valid, or `data.source` names an unknown dataset.

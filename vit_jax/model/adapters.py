@@ -1,13 +1,14 @@
 """`ADAPTERS`: small sets of parameters that are trained instead of the model's parameters.
 
-LoRA (Hu et al. 2021, 2106.09685, Section 4.1) adds a product of two narrow matrices to each kernel
-of attention and MLPs: `W + scale A B`. The LoRA paper writes alpha / r for `scale`, and r for the
-rank of A and B.
+LoRA (Hu et al. 2021, 2106.09685, Section 4.1) adds a product of two narrow matrices to each
+kernel W of attention and MLPs: `W + scale A B`. The LoRA paper writes alpha / r for `scale`, and r
+for the rank of A and B.
 
 Decisions:
   * The parameters of an adapter are part of the model's parameter tree, under a top-level key with
     the adapter's name: `lora/block_0/mlp/up/a` and `.../b` belong to `block_0/mlp/up/kernel`.
-  * A training step computes `x W + scale (x A) B`, so that no gradient of W is computed or stored.
+  * In a training step, an adapted layer with the input x computes `x W + scale (x A) B`. This form
+    needs no gradient of W, so none is computed or stored.
     All other code first merges the adapter into the kernels, and then uses the model alone.
   * A is Gaussian and B is zero, as in the paper, so that training starts exactly at the base model.
 """

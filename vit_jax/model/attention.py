@@ -42,8 +42,8 @@ def select_kernel(
 
   The docstring of `plain` describes the arguments of a kernel. On a CPU, the kernel is
   `with_gradient` unless the choice is `plain`. On other devices, `plain` is used where `flash`
-  cannot run, even if the choice is `cudnn`: for example in the MAP head, which has only one query,
-  and for attention dropout.
+  cannot run, even if the choice is `cudnn`. Examples are attention pooling (`MapHead`), which has
+  only one query, and attention dropout.
 
   Args:
     choice: one of `ATTENTION`.
@@ -75,7 +75,7 @@ def flash_obstacle(devices: Target, dtype: jnp.dtype, head_size: int) -> str:
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f'model.dtype={jnp.dtype(dtype).name} is not bfloat16'
   if head_size % 8 or head_size > 128:
-    return f'the head size {head_size} is not a multiple of 8 up to 128'
+    return f'the head size {head_size} is above 128, or is not a multiple of 8'
   return ''
 
 

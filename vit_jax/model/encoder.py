@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from vit_jax.model.layers import Attention, Block, Dropout, Mlp
 
-# For each value of `model.remat`, a policy of `jax.checkpoint`: it decides which values the forward
-# pass saves. The backward pass computes all other values again. None: all values are saved.
+# Maps each value of `model.remat` to a policy of `jax.checkpoint`. The policy decides which values
+# the forward pass saves. The backward pass computes all other values again. None: saves all values.
 REMAT = {
   'none': None,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -2,8 +2,8 @@
 
 The k-NN head is the weighted classifier of Wu et al. 2018 (1805.01978, Section 3.4). Its constants
 come from the paper and the code of DINO (Caron et al. 2021, 2104.14294, Section 4.1). To classify
-an image, the 20 training images with the highest cosine similarity to the image vote for their
-classes. A vote has the weight exp(similarity / 0.07).
+an image, the head finds the 20 training images with the highest cosine similarity. Each of them
+votes for its own class. A vote has the weight exp(similarity / 0.07).
 
 Decisions:
   * The stored features and labels are parameters, so checkpoints, inference and exported

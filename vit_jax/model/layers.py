@@ -59,14 +59,14 @@ class Block:
 
 
 class Dense(nn.Module):
-  """A linear layer `y = x W + b` over the last `axes` axes of x, as one two-dimensional product.
+  """A linear layer `y = x W + b` over the last `axes` axes of x, computed as one matrix product.
 
   Attributes:
     features: shape of the output's last axes; the kernel's shape is `[*inputs, *features]`.
     axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
-    kernel_init: initializer of the kernel; it receives the two-dimensional shape of the kernel.
+    kernel_init: initializer of the kernel; it receives the kernel's shape as a matrix.
     bias_init: initializer of the bias.
   """
 
@@ -130,7 +130,7 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
   """Returns a random mask, bool of the given shape: True for values that dropout keeps.
 
   Random numbers are a large part of the cost of dropout, so each random 32-bit number decides about
-  two values. Each decision has 16 bits, so the rate is rounded to a multiple of 2^-16.
+  two values. Each decision uses 16 bits, so the rate is rounded to a multiple of 2^-16.
   """
   *outer, inner = shape
   word = jax.random.bits(key, (*outer, -(-inner // 2)), jnp.uint32)
@@ -211,8 +211,8 @@ def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
   return norm(gated_units(block, dense, x_BND))
 
 
-# How an MLP computes its hidden units: functions `(block, dense, x_BND) -> x_BNM`, called inside
-# `Mlp`. `dense(features, name=...)` creates a linear layer. The name of the layer must be listed in
+# Functions `(block, dense, x_BND) -> x_BNM` that compute the hidden units of an MLP. `Mlp` calls
+# them. `dense(features, name=...)` creates a linear layer. The name of the layer must be listed in
 # `ADAPTED` (`adapters.py`) and in `TENSOR_AXIS` (`distributed/sharding.py`).
 MLPS = {'plain': plain_units, 'gated': gated_units, 'gated_norm': normed_units}
 

@@ -27,7 +27,7 @@ from vit_jax.names import check_positive
 Size = tuple[int, int]
 Array = np.ndarray | jax.Array
 
-MOST_PATCHES = 2**16  # more would need too much time and memory
+MOST_PATCHES = 2**16  # largest `max_patches`; more patches would need too much time and memory
 
 
 def cut(image_BHWC: Array, patch_size: Size) -> Array:
@@ -63,8 +63,8 @@ def resize_matrix(size: int, new: int) -> np.ndarray:
   """Returns the matrix `[new, size]` that resizes a line of `size` pixels to `new` pixels.
 
   The interpolation is linear with antialiasing and half-pixel centres. If the line becomes shorter,
-  the triangle of linear interpolation is widened to cover all pixels. At the border, the weights
-  are scaled to sum to 1.
+  the triangle of linear interpolation is widened to cover all pixels. The weights of each new
+  pixel are scaled to sum to 1.
   """
   ratio = size / new
   centre_N1 = (np.arange(new)[:, None] + 0.5) * ratio - 0.5
@@ -77,9 +77,9 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
   """Resizes the kernel of a patch embedding to another patch size (FlexiViT's PI-resize).
 
   Let `B x` be the patch x, resized by `resize_matrix` along both axes. The new weights
-  `w' = (B^T)^+ w` minimise the mean square of `<x, w> - <B x, w'>` over standard normal patches x
-  (FlexiViT, Section 3.4 and Appendix A). If the patches become larger, this difference is zero
-  for every x, so an enlarged image has the same tokens as before. B acts on rows and columns
+  are `w' = (B^T)^+ w`. They minimise the mean square of `<x, w> - <B x, w'>` over standard normal
+  patches x (FlexiViT, Section 3.4 and Appendix A). If the patches become larger, this difference is
+  zero for every x, so an enlarged image has the same tokens as before. B acts on rows and columns
   separately, and so does the pseudo-inverse of B.
 
   Args:
@@ -103,10 +103,12 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
 
 
 class PatchEmbedding(Dense):
-  """Maps patches, p x q pixels `[..., p, q, C]`, linearly to tokens `[..., D]` (paper, equation 1).
+  """A linear layer from patches `[..., p, q, C]` to tokens `[..., D]` (paper, equation 1).
+
+  A patch has p x q pixels.
 
   Attributes:
-    size: patch size that the parameters are for; None for the size of the given patches. For
+    size: patch size that the parameters are for; None for the size of the input patches. For
       patches of another size, the kernel is resized.
   """
 
@@ -156,9 +158,9 @@ def check_padded(model: nn.Module) -> None:
 def native_grid(size: Size, patch_size: Size, most: int) -> Size:
   """Returns the grid of patches (down, across) for an image that keeps its aspect ratio.
 
-  The image is scaled by the largest factor at which at most `most` patches cover it, as in SigLIP 2
-  (Tschannen et al. 2025, 2502.14786, Section 2.5). Then each side is stretched to a multiple of the
-  patch size, by less than a patch.
+  The image is scaled by the largest factor at which at most `most` patches cover it. Then each side
+  is stretched to a multiple of the patch size, by less than a patch. SigLIP 2 resizes images in the
+  same way (Tschannen et al. 2025, 2502.14786, Section 2.5).
 
   Args:
     size: (height, width) of the image.
@@ -166,8 +168,8 @@ def native_grid(size: Size, patch_size: Size, most: int) -> Size:
     most: maximum number of patches.
   """
   # In units of patches, height and width of the image are in the ratio down : across. At the
-  # largest factor, a side has exactly k patches for some integer k. So the search tries each k for
-  # each side. `down` and `across` are integers, so the rounding up is exact.
+  # largest factor, one of the sides measures exactly k patches, for some integer k. So the search
+  # tries each k for each side. `down` and `across` are integers, so the rounding up is exact.
   down, across = size[0] * patch_size[1], size[1] * patch_size[0]
   number_K = range(1, most + 1)
   grids = [(k, -(-k * across // down), k / down) for k in number_K]
@@ -183,7 +185,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. `model.position_grid` must be the grid for which its positions were made.
+      model: the model. `model.position_grid` must be the grid that the model's positions are for.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

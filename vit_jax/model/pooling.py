@@ -31,8 +31,8 @@ class Pool:
     params: names of the top-level parameters that the pool adds to the model. The function
       `last_layer` also returns these names.
     linear: whether the vector is a fixed weighted mean of tokens, or several such means
-      concatenated. If True, attention maps average the attention of all query tokens. The weight of
-      a query token is its share of the vector (`maps.pool_shares`).
+      concatenated. If True, attention maps average the attention of all query tokens. In this
+      average, the weight of a query token is its share of the vector (`maps.pool_shares`).
     probe: for a pool with learned attention, a function `(model, sown) -> share_BKN` that returns
       the attention weight of each token. `sown` is Flax's collection `intermediates` that the model
       returns. K is the model's number of heads, or 1. If a pool is not linear and has no probe,
@@ -40,8 +40,8 @@ class Pool:
     distills: whether the vector is the class token followed by a distillation token. A run with a
       teacher then trains a head for each of the two tokens (Touvron et al. 2020, 2012.12877,
       Section 4).
-    caption: part of the caption "What {caption}, by block and head." under the attention maps, e.g.
-      `the class token attends to`. It names the tokens that the pool reads.
+    caption: part of the caption "What {caption}, for each block and head." under the attention
+      maps, e.g. `the class token attends to`. This part names the tokens that the pool reads.
   """
 
   function: Callable[..., jax.Array]

@@ -31,8 +31,8 @@ class Position:
   parameter.
 
   Attributes:
-    table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to the patches and to the
-      first P of the tokens before the patches; None adds nothing.
+    table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to tokens. The first P rows
+      are for the first P tokens before the patches, the others for the patches. None adds nothing.
     angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`. These arrays rotate queries and
       keys, whose heads have the size E. None for no rotation.
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
@@ -125,7 +125,7 @@ def corner_angles(model: nn.Module, grid: Grid, whole: Grid) -> tuple[np.ndarray
 
 
 def rotate(x_BNKE: jax.Array, cos_NE: jax.Array, sin_NE: jax.Array) -> jax.Array:
-  """Rotates features i and i + E/2 of each head (size E), as a pair, by angle i of their token.
+  """Rotates each pair of features (i, i + E/2) of a head of size E by angle i of the token.
 
   `cos_NE` and `sin_NE` are `[N, E/2]`, or `[B, N, E/2]` if examples have different angles.
   """
@@ -191,8 +191,8 @@ def antialiased(method: str):
 def cubic(table_hwD, grid):
   """Resizes a table to `grid` like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
 
-  This is PyTorch's bicubic method without antialiasing: a cubic convolution with a = -0.75 (Keys
-  1981, equation 15, where a = -0.5).
+  This is PyTorch's bicubic method without antialiasing: a cubic convolution whose parameter a is
+  -0.75 (Keys 1981, equation 15, where a = -0.5).
   """
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]

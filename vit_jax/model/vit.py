@@ -171,8 +171,8 @@ class ViT(nn.Module):
       train: whether to apply dropout, which needs `rngs={'dropout': key}`.
       example_B: index of each example in the batch of all devices. The random numbers of an example
         depend on this index. The default is `0..B-1`.
-      seen_BS: indices of the S patches that the blocks see, row by row from 0. Other patches are
-        dropped after their positions are added. None: all patches.
+      seen_BS: indices of the S patches that the blocks see, counted row by row from 0. All other
+        patches are dropped after their positions are added. None: all patches.
 
     Returns:
       Logits. If `num_classes` is None: the pooled features, or all tokens if `pool='none'`.

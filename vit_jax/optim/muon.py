@@ -1,10 +1,11 @@
 """The update of Muon: the momentum of each kernel in a block, made nearly orthogonal.
 
 Decisions:
-  * optax keeps the momentum and updates all other parameters. optax could also orthogonalize, but
-    would do so on every device, and in float32. The file results/notes.md compares the times of
-    both ways, for the variant `small` on two CPU cores.
-  * Each device orthogonalizes its share of the kernels, and sends the result to the others.
+  * Optax keeps the momentum, and updates all parameters that are not kernels in a block.
+  * Optax could also orthogonalize. However, every device would then orthogonalize all kernels, in
+    float32. The file results/notes.md compares the step times with optax and with this module, for
+    the variant `small` on two CPU cores.
+  * Each device orthogonalizes its share of the kernels, and sends the result to the other devices.
   * The matrix products use the compute type of the model. Jordan et al. use bfloat16 even for
     models in float32, because errors in the singular values of an update hardly matter.
 """
@@ -23,12 +24,13 @@ from vit_jax.distributed import replicated, target
 from vit_jax.model import ADAPTED, stored_transpose, wants_stored
 
 # Newton-Schulz iteration of Jordan et al. 2024: `x <- a x + b (x x^T) x + c (x x^T)^2 x`. These
-# coefficients move small singular values towards 1 quickly, but only to between 0.7 and 1.2.
+# coefficients move small singular values towards 1 quickly, but not to exactly 1: the results are
+# between 0.7 and 1.2.
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 ITERATIONS = 5
 
-# Root mean square of an update's elements, similar to AdamW (Liu et al. 2025, 2502.16982, Section
-# 2.2).
+# Root mean square of an update's elements; it is similar for AdamW's updates (Liu et al. 2025,
+# 2502.16982, Section 2.2).
 RMS = 0.2
 
 
@@ -67,14 +69,14 @@ def orthogonalized(
 
 
 def orthogonalize(updates: dict, mesh: Mesh, dtype: jnp.dtype) -> dict:
-  """Returns a tree like `updates`, with nearly orthogonal kernels in blocks.
+  """Returns a copy of the tree `updates`, in which updates of block kernels are nearly orthogonal.
 
   If the singular value decomposition of a kernel's update is `U S V^T`, its new update is about
-  `0.2 sqrt(n) U V^T`. The kernel is seen as a matrix of inputs by outputs, and n is the larger of
-  their numbers.
+  `0.2 sqrt(n) U V^T`. The update is treated as a matrix of inputs by outputs, and n is the larger
+  of its two sizes.
 
   Args:
-    updates: tree with the names and shapes of parameters.
+    updates: tree of updates, with the names and shapes of the parameters.
     mesh: devices that share the work.
     dtype: type of the matrix products.
   """
@@ -92,7 +94,7 @@ def orthogonalize(updates: dict, mesh: Mesh, dtype: jnp.dtype) -> dict:
 
 
 def as_wide(x: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-  """Returns a kernel as a matrix of inputs by outputs, transposed if it has fewer outputs."""
+  """Returns a kernel as a matrix, inputs by outputs; transposed if there are more inputs."""
   inputs = math.prod(x.shape[: len(axes.reduction_axis)])
   matrix = x.reshape(inputs, -1)
   return matrix.T if inputs > matrix.shape[1] else matrix

@@ -88,7 +88,7 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
 
 
 def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns logits that learn from labels, and logits that learn from the teacher, `[B, L]` each.
+  """Returns the logits of the heads that learn from labels and from the teacher, `[B, L]` each.
 
   The two arrays differ only if there is a teacher and the model has a distillation token.
   """

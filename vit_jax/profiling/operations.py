@@ -9,11 +9,12 @@ CONTAINERS = ('while', 'call', 'conditional')  # operations that only run other 
 PRODUCTS = ('dot', 'convolution')
 LIBRARY_PRODUCTS = ('gemm', 'matmul', 'conv')  # parts of the names of library calls
 
-# Path of an operation of attention, except the products for queries, keys, values and output.
+# Matches the paths of attention operations, except operations in the layers for queries, keys,
+# values and output.
 ATTENTION = re.compile(r'/attention/(?!(?:query|key|value|out)/)')
 
-# Parts of an operation's path that labels omit: the outermost modules, and control flow and
-# transformations of JAX.
+# Parts of an operation's path that labels omit: the outermost modules, JAX's control flow, and
+# JAX's transformations.
 AROUND_MODULES = re.compile(
   r'^(?:shard_map|while|body|cond|closed_call|checkpoint|rematted_computation|ViT|Encoder_0|'
   r'branch_\d+_fun|jit\(.*|vmap\(.*)?$'

@@ -19,7 +19,7 @@ from vit_jax.training import check_in_all_processes
 from vit_jax.workdir import write_json
 
 WARM_UP = 3  # steps before anything is measured
-RECORDED = 5  # number of steps with the profiler, and of measured steps without it
+RECORDED = 5  # number of steps measured with the profiler, and also of steps measured without it
 
 
 @limits.memory_for('Profiling')

@@ -217,7 +217,7 @@ def judged(
     head = (
       f'Repeating {span} gave other numbers in {len(changed)} of {len(found)} arrays. Either '
       'training images have changed, or a device computes wrong numbers, or the steps are not '
-      'deterministic (GPUs need --config.deterministic=True from the start):'
+      'deterministic (GPUs need --config.deterministic=True from the start). Largest differences:'
     )
   return Verdict(steps, False, '\n'.join([head, *lines[:MOST], *more]))
 

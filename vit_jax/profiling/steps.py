@@ -35,7 +35,7 @@ class Steps:
     """
     earlier = newest_config(workdir) or {}
     saved = config_lib.from_dict(earlier['config']) if earlier else None
-    if saved and config.data.cache != 'auto':  # profiles may change `data.cache`
+    if saved and config.data.cache != 'auto':  # a profile can use another `data.cache` than the run
       saved.data.cache = config.data.cache
     exp, training = opening.from_config(config, saved, seen=training_files_of(workdir))
     config, self.mesh = exp.config, experiment.mesh_for(exp.config)

@@ -27,9 +27,9 @@ from vit_jax.workdir import latest_step
 
 log = logging.getLogger(__name__)
 
-# Keys of the layers after the pooling. `classifier_config` does not copy them: only
-# `inherit.open_init` knows whether the model keeps these layers, and then sets the keys. The model
-# keeps the layers only if the weights were trained on the classes of the data.
+# Keys of the layers after the pooling. `classifier_config` does not copy these keys. The model
+# keeps the layers only if the weights were trained on the classes of the data. `inherit.open_init`
+# decides this, and sets the keys if the model keeps the layers.
 AFTER_POOL = ('model.representation_size', 'model.projection', 'model.cosine')
 
 
@@ -68,7 +68,8 @@ def make_head(
   """
   if not exp.config.classifier:
     return train_head(exp, training, mesh, workdir)
-  record(exp, workdir, training.test)  # before `with_head`, which an unreadable image ends
+  # Saves the config first, because an unreadable image can end `with_head` with an error.
+  record(exp, workdir, training.test)
   exp, training = with_head(exp, training, mesh, latest_step(workdir) is not None)
   return fit(exp, training, mesh, workdir)
 

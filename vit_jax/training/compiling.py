@@ -1,13 +1,14 @@
 """Compiles a training step that fits into memory, by choosing micro-batches and `model.remat`.
 
 A device can split its part of a batch into micro-batches, and add up their gradients. `model.remat`
-decides which activations the backward pass computes again instead of storing them. A `Plan` has the
-number of micro-batches and the value of `model.remat`.
+decides which activations the forward pass does not store. The backward pass computes these
+activations again. A `Plan` has the number of micro-batches and the value of `model.remat`.
 
 Decisions:
   * More micro-batches are tried before more recomputation, because micro-batches cost almost no
     time.
-  * Checkpoints contain the chosen plan, so that a resumed run computes bit-identical steps.
+  * Checkpoints contain the chosen plan, so that a resumed run computes the same steps, bit for bit,
+    as a run that was not interrupted.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,9 +33,9 @@ from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
 log = logging.getLogger(__name__)
 
-# Fraction of the activations counted by `tracing.py` that XLA keeps. The others are cheap to
-# compute, so XLA computes them again. On a GPU, the measured fraction is 0.49 to 0.63, for the
-# training steps in results/compiled.json that fit one device.
+# `tracing.py` counts activations. XLA keeps this fraction of them. The others are cheap to compute,
+# so XLA computes them again. On a GPU, the measured fraction is 0.49 to 0.63, for the training
+# steps in results/compiled.json that fit on one device.
 KEPT, KEPT_ON_CPU = 0.65, 0.85
 
 
@@ -60,7 +61,7 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns the experiment with a plan. If the config sets `model.remat`, that value is kept."""
+  """Returns a copy of `exp` that uses `plan`, but keeps a `model.remat` that the config sets."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
@@ -112,7 +113,7 @@ def estimator(
   share = KEPT_ON_CPU if target(mesh).platform == 'cpu' else KEPT
 
   def need(plan):
-    # With micro-batches, memory holds the sum of the gradients, and one micro-batch's gradients.
+    # With micro-batches, memory holds the summed gradients and the gradients of one micro-batch.
     copies = 1 if plan.micro_batches == 1 else 2
     # With recomputation, the backward pass also holds all activations of the current block.
     block = 0 if plan.remat == 'none' else kept('none') / exp.model.depth
@@ -123,7 +124,7 @@ def estimator(
 
 
 def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> Experiment:
-  """Returns the experiment with the fastest plan that fits into memory, by an estimate.
+  """Returns the experiment with the fastest plan whose estimated memory is within the limit.
 
   Nothing is compiled. If no plan fits, the result has the plan that needs the least memory. The
   experiment is returned unchanged if it already has a plan, or if no memory limit is known.
@@ -145,8 +146,8 @@ def fit_step(
 ) -> tuple[Experiment, jax.stages.Compiled]:
   """Compiles a training step that fits into the memory of each device.
 
-  The current plan of `exp` is compiled without a check of its memory in three cases: no memory
-  limit is known, only one plan is possible, or batches contain features instead of images.
+  The current plan of `exp` is compiled without a check of its memory in three cases. Either no
+  memory limit is known, or only one plan is possible, or batches contain features, not images.
 
   Args:
     exp: the experiment. If it already has a plan, no faster plan is tried.
@@ -158,10 +159,10 @@ def fit_step(
     The experiment with the plan that fits, and the compiled step.
 
   Raises:
-    limits.OutOfMemory: no plan fits; the message gives the smallest plan that was compiled.
+    limits.OutOfMemory: none of the compiled plans fits; the message gives the smallest of them.
   """
   budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
-  if exp.parts and plan_of(exp, mesh) not in plans:  # from another number of devices
+  if exp.parts and plan_of(exp, mesh) not in plans:  # it was made for other devices
     exp = dataclasses.replace(exp, parts=None)
   if budget is None or len(plans) == 1 or not exp.sees_images:
     return exp, lower(exp).compile()
@@ -185,7 +186,7 @@ def fit_step(
 
 
 def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
-  """Returns the experiment with a plan that needs less memory; None if the config allows none.
+  """Returns the experiment with a plan that needs less memory; None if there is no such plan.
 
   If possible, the new plan has micro-batches of at most half the size. If not, the plan has
   the next value in `REMAT`, with which the forward pass stores fewer activations.
@@ -250,7 +251,7 @@ def compile_step(
     batch: a batch, or its shapes.
 
   Raises:
-    limits.OutOfMemory: with every plan, the step needs too much memory.
+    limits.OutOfMemory: the step needs too much memory with each plan that was compiled.
   """
   began = time.perf_counter()
   with progress.announced('Compiling the training step ...'):

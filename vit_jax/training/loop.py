@@ -1,7 +1,7 @@
 """The training loop.
 
 Decisions:
-  * The host reads a step's metrics only after it has started the next step, so no device waits.
+  * The host reads a step's metrics after it starts the next step, so no device waits for the host.
   * Before a log line, evaluation or checkpoint, the host waits for the step and checks its loss.
 """
 
@@ -115,7 +115,7 @@ class Run:
         compiled = programs[patch]
         train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
         if step == start + 1:
-          jax.block_until_ready(metrics)  # `step` returns before the device has finished
+          jax.block_until_ready(metrics)  # the call returns before the device is done
           log.info('First step done.')
         if late:
           meter.add(*late)
@@ -165,7 +165,7 @@ class Run:
       return
     begin, end, name = cycles[-1], self.training.steps, self.config.schedule.name
     warmup = warmup_steps(self.config, len(self.training.train), end - begin)
-    peak = self.training.schedule(begin + max(warmup - 1, 0))  # a sweep replaces optimizer.lr
+    peak = self.training.schedule(begin + max(warmup - 1, 0))  # a sweep ignores optimizer.lr
     log.info(
         'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s. Images '
         'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup, peak, name,
@@ -266,7 +266,7 @@ class Run:
     return result
 
   def last_and_best(self, last: int) -> dict[str, dict]:
-    """Returns step and scores of the last checkpoint, and of the one with the best validation."""
+    """Returns step and scores of the last checkpoint and of the best one, by validation score."""
 
     def accuracies(step):
       found = {split: self.records.find(step, split) for split in ('val', 'test')}

@@ -78,10 +78,10 @@ class Meter:
 
     The clock must be running. Scores are means over these steps, and `examples` and `bad_images`
     are counts. `learning_rate` and `memory_gib` (of one device) are the latest values.
-    `images_per_second` is measured in training time, without evaluations. `data_wait` is the
-    fraction of training time in which the loop waited for the next batch. `mfu` is the FLOP/s of
-    training, as a fraction of the devices' peak FLOP/s (Chowdhery et al. 2022, 2204.02311,
-    Appendix B).
+    `images_per_second` counts only the time of training, not the time of evaluations. `data_wait`
+    is the fraction of training time in which the loop waited for the next batch. `mfu` is the
+    FLOP/s of training, as a fraction of the devices' peak FLOP/s (Chowdhery et al. 2022,
+    2204.02311, Appendix B).
     """
     self.pause()
     values = summarize(self._scores)

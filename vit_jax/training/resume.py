@@ -82,7 +82,7 @@ def begin(
 
 
 def check_new(workdir: pathlib.Path, init: str) -> None:
-  """Raises ValueError if a new run would replace what is in its workdir, or starts from itself."""
+  """Raises ValueError if a new run would replace files in `workdir`, or if `init` is `workdir`."""
   own = os.path.realpath(os.path.expanduser(init)) == os.path.realpath(workdir)
   if init and own and [path.name for path in workdir.iterdir()] == ['log.txt']:  # no weights
     raise ValueError(

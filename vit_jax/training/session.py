@@ -36,9 +36,9 @@ def fit(
   """Trains in a workdir, writes `result.json`, and returns the content of this file.
 
   Training starts from the newest checkpoint if there is one. If memory runs out in a run with one
-  process, the run is resumed once from its newest checkpoint. Its new plan needs less memory
-  (`halved`). If the run has a validation split and labels, a `Calibration` is fitted at the end,
-  for the last and for the best checkpoint.
+  process, the run is resumed once from its newest checkpoint. The resumed run uses a plan that
+  needs less memory (`halved`). If the run has a validation split and labels, a `Calibration` is
+  fitted at the end, for the last and for the best checkpoint.
 
   Args:
     exp: experiment to train.
@@ -81,7 +81,7 @@ def attempt(
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (
     intact(workdir),
-    Preemption() as preemption,  # also active while records and checkpoints are closed
+    Preemption() as preemption,  # also active while the other two contexts close
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
     Checkpoints(workdir, config.keep_checkpoints, training.cycles) as checkpoints,
   ):
@@ -91,7 +91,8 @@ def attempt(
     run = Run(exp, training, mesh, records, checkpoints, preemption, notes)
     try:
       return run.run()
-    except RuntimeError as error:  # evaluation raises OutOfMemory, which a smaller plan cannot fix
+    # `OutOfMemory`, e.g. of an evaluation, is not caught: a smaller plan cannot prevent it.
+    except RuntimeError as error:
       # Of several processes, only some can be out of memory, so they cannot retry together.
       retries = retries and is_full(error) and jax.process_count() == 1
       smaller = halved(run.exp, mesh) if retries else None

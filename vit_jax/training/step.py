@@ -42,8 +42,8 @@ def loss_fn(
     frozen: all other parameters. If the step runs a teacher, the key `teacher` has the parameters
       of the teacher.
     key: random key of the step.
-    early: False if mixing and strong augmentations are off in this step, as they can be in the
-      last part of a run (`augment.off_for_last`). None if no step turns them off.
+    early: whether mixing and strong augmentations are on in this step. They can be off in the last
+      part of a run (`augment.off_for_last`). None if no step turns them off.
     exp: experiment to train.
   """
   image_key, own_key = jax.random.split(key)
@@ -71,8 +71,9 @@ def train_step(
   Args:
     state: state before the step.
     batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Two keys are optional.
-      `bad` (int32 `[B]`) is the number of bad images that were skipped to find each image.
-      `teacher` (`[B, L]`) has the teacher's logits if they were computed before training.
+      `bad` (int32 `[B]`) has, for each row, the number of bad images that were skipped to find a
+      good image. `teacher` (`[B, L]`) has the teacher's logits if they were computed before
+      training.
     teacher: parameters of the teacher; None if no step runs a teacher.
     exp: experiment to train.
     training: data, steps and optimizer of the run.

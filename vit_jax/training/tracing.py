@@ -1,8 +1,8 @@
 """Counts the FLOPs and activations of a model in the program that JAX traces.
 
 Decisions:
-  * Only matrix products and convolutions count; a multiplication and an addition are two FLOPs.
-    Norms, softmax and GELU would add a few percent.
+  * Only the FLOPs of matrix products and convolutions are counted. A multiplication and an addition
+    together are two FLOPs. Norms, softmax and GELU would add a few percent.
   * FLOPs are counted in the traced program, not computed with a formula, so every matrix product of
     the model is included. The FLOPs of a training step include the operations that `model.remat`
     repeats.
@@ -192,8 +192,8 @@ def is_program(value: object) -> bool:
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
   """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
 
-  The name stack names the modules that computed the output. If the function returns an array in
-  two shapes, only one is yielded. `of_batch` are the function's inputs that belong to the batch.
+  The name stack names the modules that computed the output. If two outputs are the same array in
+  different shapes, only one is yielded. `of_batch` lists the inputs that come from the batch.
   """
   made, source, seen = {}, {}, set()
   depends = set(of_batch)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 # Test inputs, as pairs (factor, constant). Queries and keys are multiplied by the factor. Then the
 # constant is added to the queries and subtracted from the keys. With the third pair, the logsumexp
-# of each row is far below -88, where exp underflows in float32.
+# of the logits of each query is far below -88, where exp underflows in float32.
 INPUTS = {'usual logits': (1, 0), 'large logits': (8, 0), 'very negative logits': (0.1, 4)}
 TOLERANCE = 16 * 2.0**-8  # 16 rounding errors of bfloat16
 REPEATS = 10  # timed calls of each kernel
@@ -81,7 +81,8 @@ def choose_attention(
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
-    # The trial also runs `plain`, which needs more memory than cuDNN, and must itself fit.
+    # The trial also runs `plain`, which needs more memory than cuDNN. So the shapes of the trial
+    # come from a plan with which `plain` fits into memory.
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
@@ -99,8 +100,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
       of size E. The kernels are timed at the last shape, which is for full image size and the
       longest sequence.
     dtype: type of the computation.
-    deterministic: whether to ignore the measured times, which vary. Then `cudnn` is chosen if it is
-      correct.
+    deterministic: whether the choice must not depend on measured times, which vary. If True, the
+      kernels are not timed, and `cudnn` is chosen if it is correct.
   """
   for shape in shapes:
     if wrong := first_difference(shape, dtype):

@@ -145,8 +145,8 @@ class Format:
     usage: `(loaded) -> text` returns Python code that runs the written files, for the model card.
     files: glob patterns for the names of the format's files.
     reads: `(path) -> bool` tells whether a file or a folder has this format; None if the format
-      is only written.
-    read: `(path) -> Weights`; None if the format is only written.
+      can only be written.
+    read: `(path) -> Weights`; None if the format can only be written.
     library: name of the library on the Hub, for the model card.
     opens: `(folder) -> function` opens a program as a function `image_BHWC -> output_BL`. None for
       weights. The program itself enlarges images from `stored_size`, and applies the temperature.

@@ -180,7 +180,7 @@ def preprocessing(
     kind: the kind of the model, which has defaults for missing values.
 
   Raises:
-    ValueError: the file is damaged, or describes steps that `Preprocessing` does not have.
+    ValueError: the file is damaged, or describes steps that `Preprocessing` cannot represent.
   """
   path, p = find_processor(folder)
   if p is None:

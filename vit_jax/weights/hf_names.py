@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of a body; `norms` are the file's norm names, `mlp` the MLP's rows."""
+  """Returns the name table of a body, from the file's names of norms and the rows of its MLP."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
@@ -166,7 +166,8 @@ def dinov2_config(model: ViT) -> dict:
     refuse('hf (Dinov2)', model, {'activation': ('silu',)})
   exact = model.mlp_dim * (1.5 if gated else 1) / model.width
   width_of = lambda ratio: mlp_width(model.width, ratio, gated)
-  # First an integer, which transformers expects; last a larger ratio, as widths are rounded down.
+  # The first ratio is an integer, as transformers expects. The last ratio is slightly larger than
+  # `exact`, because widths are rounded down.
   ratios = (round(exact), exact, np.nextafter(exact, np.inf).item())
   ratio = next((ratio for ratio in ratios if width_of(ratio) == model.mlp_dim), None)
   if ratio is None:

@@ -93,9 +93,9 @@ def fused(*inner: Layout) -> Layout:
 
 
 def interleaved(inner: Layout) -> Layout:
-  """Returns the layout of queries or keys whose rotary positions rotate features 2i and 2i + 1.
+  """Returns the layout of queries or keys whose rotary positions pair features 2i and 2i + 1.
 
-  Our models rotate features i and i + E/2 of a head of size E. So the layout reorders the features.
+  Our models pair features i and i + E/2 of a head of size E. So the layout reorders the features.
   `inner` is the layout without this reordering.
   """
 

@@ -227,7 +227,7 @@ def read_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with path.open('rb') as file, zipfile.ZipFile(file) as archive:
       for name in archive.namelist():
-        member = io.BytesIO(archive.read(name))  # the checksum is verified at the end
+        member = io.BytesIO(archive.read(name))  # `read` verifies the checksum
         array = np.lib.format.read_array(member, allow_pickle=False)
         if array.dtype == np.dtype('V2'):  # how NumPy stores bfloat16
           array = array.view(ml_dtypes.bfloat16)

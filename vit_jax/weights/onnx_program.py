@@ -1,9 +1,9 @@
 """Writes programs as ONNX, in float32, fp16 or int8; `program.py` describes the programs.
 
 Decisions:
-  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX, because tf2onnx needs a
-    mode of `jax2tf` (without XLA) that JAX removed. A converted model is refused if its outputs
-    differ from JAX's outputs by more than `TOLERANCE`.
+  * With JAX 0.4.36 and later, `jax2onnx` is the only converter to ONNX. The other converter,
+    tf2onnx, needs a mode of `jax2tf` (without XLA) that JAX removed. A converted model is refused
+    if its outputs differ from JAX's outputs by more than `TOLERANCE`.
   * For fp16 and int8, onnxruntime's own tools convert the float32 file.
 """
 
@@ -32,10 +32,11 @@ from vit_jax.weights.program import (
 FILE = 'model.onnx'
 # Arrays of at least this number of bytes are stored in `model.onnx.data`, as `jax2onnx` does.
 SPILLED = 2**20
-LAYERS = ('Gemm', 'MatMul', 'Conv')  # become int8; attention's two products (Einsum) do not
+# Operators that become int8. The two products of attention (`Einsum`) stay in float32.
+LAYERS = ('Gemm', 'MatMul', 'Conv')
 BATCH = 32  # number of images in a batch while ranges of activations are measured
 # Maximum difference between the outputs of ONNX and JAX. If JAX's largest absolute output is above
-# 1, the difference is first divided by it.
+# 1, the difference is first divided by this output.
 TOLERANCE = 1e-4
 
 CONVERTER = (
@@ -214,7 +215,7 @@ def noise(program: Program) -> np.ndarray:
 
 
 def open_onnx(folder: pathlib.Path) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns the function `image_BHWC -> output_BL` of the ONNX program in a folder, on the CPU."""
+  """Returns the function `image_BHWC -> output_BL` that runs a folder's ONNX program on the CPU."""
   import onnxruntime
 
   session = onnxruntime.InferenceSession(folder / FILE, providers=['CPUExecutionProvider'])

@@ -66,9 +66,9 @@ def load(
     path: `ViT-B_16.npz`; a folder with `config.json` and safetensors (Hugging Face, timm); a
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
-    source_grid: number of patches (down, across) that the file's position embeddings are for; an
-      npz file does not store it. None for the grid in the file. If the file has none, `grid` is
-      used if it has as many patches as the file has positions, otherwise a square grid.
+    source_grid: number of patches (down, across) that the file's position embeddings are for. None
+      for the grid in the file. If the file stores no grid (npz), None stands for `grid` if the
+      number of its patches fits the positions, otherwise for a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
@@ -109,7 +109,8 @@ def adapt(source: Weights, to: Adaptation = Adaptation()) -> Pretrained:
   params, ignored = formats.read_params(source, wanted)
 
   patch = model.patch_size if to.patch_size is None else pair(to.patch_size, 'patch_size')
-  # A hybrid must keep its patch size: its kernel, which is smaller than a patch, cannot be resized.
+  # A hybrid must keep its patch size. The kernel of its embedding reads the stem's feature map, so
+  # it is smaller than a patch, and cannot be resized.
   if patch != model.patch_size:
     model, params = with_patches(model, params, patch)
   grid = grid_in(own_size, model, source.origin) if to.grid is None else to.grid
@@ -217,7 +218,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
 
   Raises:
     ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or
-      both are unknown, `to.grid` does not fit either, and the number is not a square.
+      both are None, `to.grid` does not fit either, and the number of positions is not a square.
   """
   found = [
     array

@@ -129,7 +129,7 @@ class Program:
     def program(image_BHWC):
       image_BHWC = normalize(image_BHWC, p.size, p.mean, p.std)
       output = model.apply({'params': params}, image_BHWC).astype(jnp.float32)
-      # Only logits are divided by the temperature. A division by 1 would only slow the program.
+      # Only logits are divided by the temperature. A division by 1 would only cost time.
       scaled = model.num_classes is not None and temperature != 1
       return output / temperature if scaled else output
 
@@ -181,7 +181,7 @@ def write_about(
   """
   p, calibration = program.preprocessing, program.calibration
   output = {'name': program.output_name, 'dtype': 'float32', 'shape': ['b', *shape[1:]]}
-  if program.model.num_classes is not None:  # the program has applied the temperature
+  if program.model.num_classes is not None:  # the program itself divides by the temperature
     output |= {'temperature': calibration.temperature}
     output |= {'thresholds': calibration.thresholds} if calibration.thresholds else {}
     output |= {'probabilities': 'sigmoid'} if calibration.sigmoid or calibration.thresholds else {}

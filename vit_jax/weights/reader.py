@@ -63,7 +63,8 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
   if checkpoint:
     return read_checkpoint(*checkpoint)
   if place.exists():
-    whole = place.parent if place.suffix == '.safetensors' else place  # with its config.json
+    # The folder of a `.safetensors` file also contains its `config.json`.
+    whole = place.parent if place.suffix == '.safetensors' else place
     with local_copy(whole) as copy:
       return read_place(copy if whole == place else copy / place.name, str(path))
   if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
@@ -226,7 +227,7 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   with config_lib.naming_imports(saved):
     model = make(fields.pop('variant'), len(class_names) or None, **fields | dict(dtype='float32'))
   size = pair(data['image_size'])
-  # If the run stored images at another size than the model's, it resized them without cropping.
+  # If the run stored images at another size than `image_size`, it resized them without cropping.
   whole = tuple(task['stored_size']) != size
   wanted = param_shapes(model, (*size, task['channels']))
   arrays = flatten_params(params)

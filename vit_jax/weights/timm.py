@@ -133,7 +133,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
     ValueError: the architecture, or an argument, is not supported.
   """
   origin = f'{folder}/config.json'
-  about = config.get('pretrained_cfg') or config  # older files have its keys at the top
+  about = config.get('pretrained_cfg') or config  # older files have these keys at the top level
   a = arguments(origin, config)
   patch, image = (pair(a[name], f'{origin}: {name}') for name in ('patch_size', 'img_size'))
   pool = choose(f'{origin}: global_pool', a['global_pool'], timm_names.POOLS)

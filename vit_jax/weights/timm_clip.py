@@ -30,9 +30,10 @@ def head_fields(
 ) -> dict:
   """Returns the attributes `num_classes` and `projection` of `ViT` for the head in a file of timm.
 
-  A config does not tell whether the head is CLIP's projection. This function assumes so under
-  three conditions. The config names no classes, the model has a LayerNorm before the encoder (as
-  only CLIP has), and the bias of the head is zero. Training changes the bias of a classifier.
+  A config does not tell whether the head is CLIP's projection. This function treats the head as the
+  projection if three conditions hold. The config names no classes, the model has a LayerNorm before
+  the encoder (as only CLIP has), and the bias of the head is zero. Training makes the bias of a
+  classifier differ from zero.
 
   Args:
     count: number of outputs of the head; None if the config has no head.

@@ -163,7 +163,7 @@ def arguments_of(name: str) -> dict | None:
   return SIZES[match[1]] | dict(patch_size=int(match[2])) | own
 
 
-# Arguments of each class with their defaults; arguments in `..._ONLY` must have this value.
+# Arguments of each class with their defaults. Arguments in `..._ONLY` must have the listed value.
 SHARED = dict(
   img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=768, depth=12, num_heads=12,
   mlp_ratio=4.0, qkv_bias=True, init_values=None, class_token=True, no_embed_class=False,
@@ -250,7 +250,7 @@ HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), co
 
 
 def mlp_ratio(model: ViT, factor: int = 1) -> float:
-  """Returns the `mlp_ratio` from which timm, rounding down, gets `factor * model.mlp_dim`."""
+  """Returns the `mlp_ratio` for which timm's rounded-down width is `factor * model.mlp_dim`."""
   ratio = factor * model.mlp_dim / model.width
   exact = int(model.width * ratio) == factor * model.mlp_dim
   return ratio if exact else np.nextafter(ratio, np.inf).item()
@@ -269,7 +269,7 @@ def arguments_for(model: ViT) -> tuple[str, dict]:
 def vit_arguments(model: ViT) -> tuple[str, dict]:
   """Returns a `VisionTransformer` architecture for a model, and the arguments of this class."""
   refuse('timm', model, HOLDS | {
-    'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm's pooling is plain
+    'mlp': ('plain',) if model.pool == 'map' else ('plain', 'gated'),  # timm pools with a plain MLP
     'position': ('learned',), 'key_bias': (None,), 'out_norm': (False,), 'activation': ACTIVATIONS,
     'norm_epsilon': (1e-6,), 'pool': tuple(POOLS.values()),
   })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Finds mistakes in data: few images, copies, unreadable files, examples that were trained on.
+"""Finds mistakes in data: rare classes, copies, unreadable files, examples that were trained on.
 
 Decisions:
   * Tests: in data sets without files (digits, TFDS), `check_untrained` refuses examples that were

@@ -18,11 +18,12 @@ Decisions:
     step can overwrite the state while orbax writes.
   * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
     is made.
-  * Checkpoints do not record the devices that held an array. If they did, orbax could restore the
-    array on other devices only if it got a description of the new layout.
-  * The checksums are written before orbax gives a checkpoint its final name. (In a bucket, orbax
-    writes `commit_success.txt` instead.) So a checkpoint with a final name is complete. Only then
-    does orbax delete an older checkpoint, so a run never loses its last complete checkpoint.
+  * Checkpoints do not record the devices that held an array. With such a record, orbax would need a
+    description of the new layout to restore the array on other devices.
+  * The checksums are written before orbax gives a checkpoint its final name. So a checkpoint with a
+    final name is complete. In a bucket, orbax writes `commit_success.txt` instead of changing the
+    name. Orbax deletes older checkpoints only after this, so a run never loses its last complete
+    checkpoint.
 """
 
 from collections.abc import Iterator, Sequence

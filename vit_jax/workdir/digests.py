@@ -7,8 +7,8 @@ Decisions:
   * Checksums are computed from files, not from arrays. Therefore, a process can check them without
     the devices that wrote the arrays, and never needs memory for a whole array.
   * `digests.json` is the last file that is written to a checkpoint. A checkpoint without this file
-    is ignored, because it is incomplete. Only checkpoints of older versions count without this
-    file. Their item `config` has no key `format`, and has checksums of arrays or no checksums.
+    is ignored, because it is incomplete. Only checkpoints of older versions are used without this
+    file. Their item `config` has no key `format`. Some have checksums of arrays, some have none.
   * `_CHECKPOINT_METADATA` has no checksum, because orbax changes this file when it gives a
     checkpoint its final name.
 """
@@ -50,7 +50,7 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether all files of a checkpoint were written, even if one was damaged afterwards."""
+  """Returns whether all files of a checkpoint were written once; later damage does not matter."""
   if (checkpoint / FILE).exists():
     return True
   try:

@@ -20,7 +20,10 @@ class Events:
   """
 
   def __init__(self, folder: pathlib.Path, start: int):
-    """Opens a new event file. TensorBoard then ignores older events of step `start` and later."""
+    """Opens a new event file.
+
+    In older event files, TensorBoard then ignores step `start` and all later steps.
+    """
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):
       folder.mkdir(exist_ok=True)

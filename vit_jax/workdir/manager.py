@@ -82,7 +82,7 @@ def open_manager(
     cleanup_tmp_directories=True,
     create=False,  # orbax requires this if not all processes use the manager
     async_options=ocp.options.AsyncOptions(
-      create_directories_asynchronously=False,  # after an error, its threads would wait for minutes
+      create_directories_asynchronously=False,  # its threads would wait for minutes after an error
       post_finalization_callback=before_commit,
       barrier_sync_fn=agreement and agreement.barrier,
     ),

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOG = logging.getLogger('vit_jax')
 DETAILS = logging.getLogger('vit_jax.details')  # messages for log.txt only
 DETAILS.propagate = False
-UPLOAD = 30  # seconds between uploads to a bucket
+UPLOAD = 30  # minimum seconds between two uploads of metrics, except at checkpoints and at the end
 
 
 class Writer:
@@ -46,7 +46,7 @@ class Writer:
         mirror = bucket.Mirror(workdir, ('metrics.jsonl', 'log.txt'))
         self._mirror = opened.enter_context(mirror)
         self._folder = mirror.folder
-        opened.callback(self._upload)  # after the files are closed
+        opened.callback(self._upload)  # runs after the files are closed
       self._file = self._folder / 'metrics.jsonl'
       self._log = opened.enter_context(contextlib.closing(LogFile(self._folder / 'log.txt')))
       self.keep(lambda line: line['step'] <= start)
