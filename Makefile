@@ -1,4 +1,4 @@
-# Two commands: `make quickstart` and `make test`. PYTHON chooses the interpreter.
+# Start with `make quickstart` and `make test`. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -21,11 +21,11 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed
 	$(RUN) -m pytest
 
-# Long proofs, and comparisons with PyTorch, transformers and ONNX.
+# Slow tests, such as comparisons with PyTorch, transformers and ONNX.
 test-slow: peers onnx gcs
 	$(RUN) -m pytest -m 'slow and not long'
 
-# As test-slow, but too long for CI. Run it before a release.
+# Tests that take too long for CI. Run them before a release.
 test-long: peers onnx gcs
 	$(RUN) -m pytest -m long
 
@@ -34,29 +34,30 @@ test-all: test test-slow test-long test-demo
 peers: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-peers.txt
 
-# The page of --mode=serve, in the system's Chromium, and the notebook (all tests, also long ones).
+# All tests of the page of --mode=serve and of the notebook, including long ones. The page is tested
+# in the system's Chromium.
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
 	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py
 
-# Packages for --format=onnx; its tests are skipped without them.
+# Packages for --format=onnx. Without them, the tests of this format are skipped.
 onnx: $(VENV)/installed
 	$(RUN) -m pip install --quiet --no-deps --requirement requirements-onnx.txt
 
-# Packages for buckets (gs://); their tests are skipped without them.
+# Packages for buckets (gs://). Without them, the tests of buckets are skipped.
 gcs: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-gcs.txt
 
-# The documentation site, in site/. A broken link or an unresolved name fails.
+# Builds the documentation site in site/. Fails at a broken link or an unresolved name.
 docs: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-docs.txt
 	$(VENV)/bin/zensical build --clean --strict
 
-# The pages that are generated: the config keys and the flags of each mode.
+# Generates two pages: docs/config.md (config keys) and docs/cli.md (flags of each mode).
 pages: $(VENV)/installed
 	$(RUN) -m vit_jax.cli.pages docs
 
-# Compilers for an H200 that is not there, in an environment of their own: 200 MB of wheels.
+# Installs compilers for an H200, which need no GPU, in a separate environment: 200 MB of wheels.
 COMPILER_PYTHON ?= python3.12
 CUDA := 0.12.0.1
 compilers: .compilers/installed
@@ -66,7 +67,8 @@ compilers: .compilers/installed
 	.compilers/bin/pip install --quiet --no-deps jax-cuda12-plugin==$(CUDA) jax-cuda12-pjrt==$(CUDA)
 	touch $@
 
-# Two training steps, compiled again for an H200, and every slice of `make gpu` at toy size.
+# Compiles two training steps for an H200 and compares them with results/compiled.json. Then runs
+# every slice of `make gpu` at toy size.
 test-hardware: compilers peers
 	JAX_PLATFORMS=cpu .compilers/bin/python -m benchmarks.compile --check
 	$(RUN) -m benchmarks.gpu --toy --results="$$(mktemp -d)"
@@ -74,22 +76,25 @@ test-hardware: compilers peers
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
 
-# CIFAR-10 as an image folder, e.g. make results-gpu DATA=folder:cifar10. Resumes where it stopped.
+# Trains all recipes for CPUs or GPUs, e.g. make results-gpu DATA=folder:cifar10. DATA is the data
+# source of CIFAR-10. To resume after an interruption, repeat the command.
 results-cpu results-gpu: results-%: $(VENV)/installed
-	@test -n "$(DATA)" || (echo "make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
+	@test -n "$(DATA)" || (echo "DATA is missing: make $@ DATA=folder:path/to/cifar10, or DATA=tfds:cifar10"; exit 2)
 	$(RUN) -m benchmarks.recipes $* $(DATA)
 
-# Everything that needs a GPU, without a network, with .venv or else the Python that has JAX for it.
+# Runs all measurements that need a GPU. Needs no network. Uses the Python in .venv, or PYTHON if
+# there is no .venv. This Python must have JAX for the GPU.
 MINUTES ?= 30
 GPU_PYTHON ?= $(or $(wildcard $(RUN)),$(PYTHON))
 gpu:
 	$(GPU_PYTHON) -m benchmarks.gpu_pack --unpack
 	PYTHONPATH=$(CURDIR)/runs/gpu/site:$$PYTHONPATH $(GPU_PYTHON) -m benchmarks.gpu --minutes=$(MINUTES)
 
-# Fills gpu/ for a machine without a network, e.g. make gpu-pack DATA=cifar10. PACK_FOR is its Python.
+# Fills gpu/ for a machine without a network, e.g. make gpu-pack DATA=cifar10. PACK_FOR is the Python
+# version of that machine.
 PACK_FOR ?= 3.12
 gpu-pack: $(VENV)/installed
-	@test -n "$(DATA)" || (echo "make $@ DATA=path/to/cifar10, with train/ and test/"; exit 2)
+	@test -n "$(DATA)" || (echo "DATA is missing: make $@ DATA=path/to/cifar10, a folder with train/ and test/"; exit 2)
 	$(RUN) -m benchmarks.gpu_pack $(DATA) --python=$(PACK_FOR)
 
 clean:

@@ -9,8 +9,8 @@ The first command pre-trains a model. The second runs the comparison and writes 
 
 For each dataset in `DATASETS` and each seed, training images are chosen at random. Every method
 uses only the chosen images for training and validation, and is tested on all test images of their
-classes. A run sees at most 100,000 images in total, and each image at most 60 times. The linear
-probe and the methods in `FEWSHOT` are exceptions, which compute the features of each image once.
+classes. A run sees at most 100,000 images in total, and each image at most 60 times. There are two
+exceptions: the linear probe and the methods in `FEWSHOT` compute the features of each image once.
 The probe then trains on the features for 50 epochs. `distilled` is trained like `scratch`, but with
 a teacher: the `finetune` run that has the same dataset and seed. `--mode=eval` measures the
 accuracies. Repeating the command resumes an interrupted comparison.
@@ -79,7 +79,7 @@ def adapt(method: str, init: pathlib.Path, labels: pathlib.Path, count: int, see
   """Adapts the weights `init` to a dataset, in a workdir next to `labels`, and tests the result.
 
   Returns:
-    The dict of `eval.json`, without the scores of single classes, and the seconds of the run.
+    The seed, the seconds of the run, and overall scores from `eval.json`.
   """
   workdir = labels.with_name(method)
   flags = [f'--config.data.source=labels:{labels}', f'--config.seed={seed}']

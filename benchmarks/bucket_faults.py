@@ -8,8 +8,8 @@ The data are scikit-learn's digits as an image folder. Each run is killed with S
 time after a random step. The command is then repeated: it must resume the run, and take over the
 lock of the killed process. The final parameters, optimizer state and averaged parameters must be
 identical to the ones of an undisturbed run with a local workdir and local data. Finally, `main.py`
-evaluates the finished run, predicts with it and exports it. Nothing may be written on this machine
-outside a scratch folder.
+evaluates the finished run, predicts with it and exports it. No process may leave a file in its
+working folder or home folder. Only the killed process may leave temporary files.
 
 After the kills, checkpoints of the last run are damaged in the ways that `benchmarks.faults` lists.
 """
@@ -50,7 +50,7 @@ OTHERS = {  # modes that read the finished run, with their flags
 
 
 def write_digits(folder: pathlib.Path) -> pathlib.Path:
-  """Writes the digits as PNG files into `digits/<split>/<class>/`; returns the path of one."""
+  """Writes the digits as PNG files `digits/<split>/<class>/*.png`; returns the path of one file."""
   found = datasets.load_digits()
   for i, (image, label) in enumerate(zip(found.images, found.target)):
     file = folder / 'digits' / ('train' if i % 5 else 'test') / str(label) / f'{i}.png'
@@ -89,7 +89,7 @@ def local_files(folder: pathlib.Path) -> set[str]:
 
 
 def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path) -> dict:
-  """Kills a run in the bucket, resumes it and uses it; returns the measured facts as a dict."""
+  """Kills a run in the bucket, resumes it, and runs the modes in `OTHERS`; returns the facts."""
   draw = random.Random(number)
   for name in server.names('run/') + server.names('program/'):
     del server.objects['bucket', name]
@@ -97,7 +97,7 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
     (folder / name).mkdir(parents=True)
   flags = [*FLAGS, f'--config.data.dir={DATA}']
   began, process = time.monotonic(), start(RUN, flags, folder)
-  step, pause = draw.randrange(0, STEPS, 4), draw.uniform(0, 1.5)  # step 0: while it starts
+  step, pause = draw.randrange(0, STEPS, 4), draw.uniform(0, 1.5)  # step 0: kill at the start
   while process.poll() is None and step and step not in steps_in(server)[-1:]:
     time.sleep(0.02)
   time.sleep(pause if step else draw.uniform(0, 12))
@@ -107,7 +107,7 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
     'after_step': step, 'exit_code': code, 'checkpoint': max(reached, default=None),
     'lock_left': 'run/lock.json' in server.names(), 'seconds': round(time.monotonic() - began, 1),
   }  # fmt: skip
-  shutil.rmtree(folder / 'scratch')  # what the killed process has left
+  shutil.rmtree(folder / 'scratch')  # temporary files of the killed process
   (folder / 'scratch').mkdir()
   finish(RUN, flags, folder)
   found['fingerprint'] = faults.fingerprint(bucket.to_path(RUN))
@@ -120,7 +120,7 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
 
 
 def damage(number: int, server: FakeGcs) -> dict:
-  """Damages the newest checkpoint in a copy of the finished run, and checks what is loaded."""
+  """Damages the newest checkpoint in a copy of the run, and checks which one is loaded."""
   run, copy = bucket.to_path(RUN), 'gs://bucket/damaged'
   checkpoint = f'checkpoints/{max(steps_in(server))}/'
   found = {name: server.objects['bucket', name] for name in server.names('run/')}

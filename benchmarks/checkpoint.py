@@ -1,4 +1,4 @@
-"""Measures how long saving a checkpoint blocks training, and the memory it needs.
+"""Measures how long the save of a checkpoint blocks training, and how much memory it needs.
 
     python -m benchmarks.checkpoint                    # 5 minutes; writes results/checkpoint.json
     python -m benchmarks.checkpoint tiny 1 short.json  # another model, fewer repeats, another file
@@ -15,8 +15,9 @@ is measured with two methods of saving:
 
 Seconds are medians without the first save of each process, which includes compilation.
 `blocked_seconds` is the time of the call that saves. `overwritten_seconds` is the time from the
-start of this call until the next training step, here a dummy, has overwritten the state. `peak_gib`
-is the largest memory of process 0, including the state. Each method runs in new processes.
+start of this call until the next training step has overwritten the state. The training step is a
+dummy that only increments the step number. `peak_gib` is the largest memory of process 0, including
+the state. Each method runs in new processes.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def child(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('model', nargs='?', default='B/16', help='model (default: %(default)s)')
-  repeats = 'measured saves of each kind (default: %(default)s)'
+  repeats = 'measured saves per method and number of processes (default: %(default)s)'
   parser.add_argument('repeats', nargs='?', type=arguments.count, default=3, help=repeats)
   out = collect.RESULTS / 'checkpoint.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')

@@ -11,14 +11,14 @@ name of each custom call to its number of calls.
     export JAX_PLATFORMS=cpu
     .compilers/bin/python -m benchmarks.compile --config=configs/imagenet.py:b16 --target=h200 \\
         --devices=8 --batch=2048
-    .compilers/bin/python -m benchmarks.compile --check  # compares two rows with their old results
+    .compilers/bin/python -m benchmarks.compile --check  # compiles two rows again and compares
     .compilers/bin/python -m benchmarks.compile          # compiles the rows that have no result yet
 
-These commands compile steps with the compilers of the hardware, on any x86 machine. The last one
-compiles the steps in `ROWS` and adds each result to `results/compiled.json`. A row takes between 15
-seconds and some minutes. JAX must be 0.12 or later to read `h200.txtpb`, and the CUDA wheels must
-have the same version as JAX. The wheels are in a separate environment, because JAX would look for
-the hardware if it found them in the usual environment.
+These commands compile steps with the compilers of the hardware, on any x86 machine. The last
+command compiles the steps in `ROWS` and adds each result to `results/compiled.json`. A row takes
+between 15 seconds and some minutes. JAX must be 0.12 or later to read `h200.txtpb`, and the CUDA
+wheels must have the same version as JAX. The wheels are in a separate environment, because JAX
+would look for the hardware if it found them in the usual environment.
 """
 
 import argparse
@@ -296,7 +296,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', help='config file with its variant, and overrides, in one text')
   parser.add_argument('--batch', type=arguments.count, default=0, help='images per step')
-  parser.add_argument('--lower', choices=sorted(LOWERED), help='lower with CPU JAX, and print')
+  parser.add_argument('--lower', choices=sorted(LOWERED), help='print kernels of the lowered step')
   parser.add_argument('--target', help='h200, or a TPU topology such as v5e:16x16')
   parser.add_argument('--devices', type=arguments.count, default=1, help='number of devices')
   parser.add_argument('--check', action='store_true', help='compile two rows again, and compare')

@@ -1,11 +1,13 @@
 """The ViT implementations that `benchmarks.speed` compares, called contestants.
 
-`CONTESTANTS[name](work, size)` returns a `Program`. `size` is the result of `works.sizes`. That
-function imports JAX, so it runs in another process. PyTorch must run in a process without JAX.
+`CONTESTANTS[name](work, size)` returns a `Program`. `size` is the result of `works.sizes`. PyTorch
+must run in a process without JAX, but `works.sizes` imports JAX. `works.sizes` therefore runs
+in a separate process.
 
-Every contestant has the same workload: random images already on the device, and the same batch
-size, model and precision. Training is forward, cross-entropy, backward and one fused AdamW step.
-Each contestant runs in its own process, so contestants do not share threads or memory.
+Every contestant has the same workload: random images that are already on the device, and the same
+batch size, model and precision. A training step is the forward pass with the cross-entropy loss,
+the backward pass, and one fused update with AdamW. Each contestant runs in its own process, so
+contestants do not share threads or memory.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ class Program:
 
   Attributes:
     run: runs a number of steps and returns when the device has finished them.
-    peak_memory: returns the peak memory in bytes, of the device or, on a CPU, of the process.
+    peak_memory: returns the peak memory of the device in bytes; on a CPU, of the process.
     versions: versions of the libraries, and the device.
   """
 

@@ -33,7 +33,7 @@ TOKEN = {
   'model.position_prefix': 'all',
 }
 HARD = {'distill.kind': 'hard'}
-RUNS = {  # name: (run without a teacher to compare with, overrides)
+RUNS = {  # name: (name of the run without a teacher that it is compared with, overrides)
   'alone': ('', {}),
   'soft': ('alone', {'distill.temperature': 1}),
   'soft_3': ('alone', {'distill.temperature': 3}),
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
   teacher, result = args.teacher.resolve(), {}
   result['teacher'] = collect.summary('the teacher', [teacher])
   shared = {'epochs': args.epochs} | STUDENT
-  # Seeds are the outer loop, so that an interrupted comparison has tried every student early.
+  # The outer loop is over seeds, so that each student is trained once before any trains again.
   for seed in range(args.seeds):
     for name, (baseline, overrides) in RUNS.items():
       given = shared | overrides | {'seed': seed, 'data.source': args.source}

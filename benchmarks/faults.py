@@ -8,8 +8,8 @@ of which 130 are damaged. The second command sets the numbers 40, 12 and 230 to 
 
 A run is killed with SIGKILL at a random time after a random step. Because the runs spend most of
 their time saving checkpoints, a signal often interrupts a save. With two processes, the signal goes
-to one or to both. The command of the run is then repeated. It must resume the run, and end with
-exactly the parameters, optimizer state and averaged parameters of an undisturbed run.
+to one process or to both. The command of the run is then repeated. It must resume the run, and end
+with exactly the parameters, optimizer state and averaged parameters of an undisturbed run.
 
 Damage hits a random file of the newest checkpoint: one bit is flipped, or the file is truncated,
 emptied or removed. The damage must either have no effect, or be detected. If it is detected, the
@@ -47,8 +47,8 @@ FLAGS = [
 STEPS = 45
 MOMENT = 0.5  # maximum seconds from a step's line in the metrics to the kill
 LIMIT = 90  # seconds within which surviving processes must stop
-# Only every third run of two processes gets the signal in one process, because the other process
-# takes long to stop.
+# In every third run of two processes, only one process gets the signal. The number of these runs is
+# small, because the other process takes long to stop.
 ONE_OF_TWO = 3
 # How a checkpoint is damaged, and how often in 230 tries.
 DAMAGES = {'flip': 60, 'cut': 20, 'empty': 10, 'remove': 20, 'torn': 20, 'none': 100}

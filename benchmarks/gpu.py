@@ -90,7 +90,7 @@ def run_all(
 
 
 def state_of(name: str, results: pathlib.Path) -> str:
-  """Returns `finished`, `resumes`, `stopped`, `failed`, `skipped`, or `open` without a record."""
+  """Returns `finished`, `resumes`, `stopped`, `failed`, `skipped`; `open` if there is no record."""
   return (writer.read_json(results / f'{name}.json') or {}).get('state', 'open')
 
 
@@ -126,7 +126,8 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
 def attend(process: subprocess.Popen, seconds: float) -> int:
   """Waits at most `seconds` for a process, then ends it and all its children.
 
-  A process that still runs gets SIGTERM and `GRACE` seconds, for example to save a checkpoint.
+  A process that still runs gets SIGTERM. It is killed `GRACE` seconds later, so that it can save a
+  checkpoint first.
 
   Returns:
     The exit code.
@@ -187,7 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   args.results = args.results.absolute()
   if args.toy and args.results == path:
-    parser.error('--toy needs --results, because the results of toy slices mean nothing')
+    parser.error('--toy needs --results, because toy results must not replace measured ones')
   args.work = args.results / 'work' if args.toy else gpu_pack.WORK
   return args
 

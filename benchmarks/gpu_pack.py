@@ -31,14 +31,14 @@ WORK = ROOT / 'runs/gpu'
 IMAGES, SITE = WORK / 'cifar10', WORK / 'site'
 NEEDED = ROOT / 'requirements-gpu.txt'
 LIMIT = 64 * 2**20  # bytes
-# All names of usable platforms, because pip compares names exactly, although wheels for an older
-# glibc also run with a newer one.
+# Names of all usable platforms. Wheels for an older glibc also run with a newer glibc, but pip
+# compares the names exactly.
 PLATFORMS = [f'manylinux_2_{n}_x86_64' for n in (28, 27, 26, 24, 17, 12, 5)]
 PLATFORMS += ['manylinux2014_x86_64', 'manylinux2010_x86_64', 'manylinux1_x86_64']
 
 
 def pack(folder: pathlib.Path, python: str) -> None:
-  """Fills `gpu/`.
+  """Fills the folder `gpu/` with the packages and the images.
 
   Raises:
     ValueError: the folder has no train/ and test/, a download fails, or the result is too large.
@@ -98,13 +98,13 @@ def unpack() -> None:
 def emptied(path: pathlib.Path) -> pathlib.Path:
   """Returns an empty folder next to `path`; the caller fills it, and then renames it to `path`."""
   partial = path.with_name(f'{path.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)  # an earlier call was killed
+  shutil.rmtree(partial, ignore_errors=True)  # left by an earlier call that was killed
   partial.mkdir(parents=True)
   return partial
 
 
 def missing() -> list[str]:
-  """Returns the wheels that this Python needs, as pip finds them; installs nothing."""
+  """Returns the wheels that pip would install for this Python; installs nothing."""
   with tempfile.TemporaryDirectory() as folder:
     report = pathlib.Path(folder) / 'report.json'
     run_pip(
@@ -135,7 +135,7 @@ def run_pip(*words: str) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('folder', nargs='?', type=pathlib.Path, help='image folder of CIFAR-10')
-  parser.add_argument('--python', default='3.12', help="version of the other machine's Python")
+  parser.add_argument('--python', default='3.12', help='Python version of the GPU machine')
   parser.add_argument('--unpack', action='store_true', help='extract images and install packages')
   args = parser.parse_args(argv)
   if (args.folder is None) != args.unpack:

@@ -1,8 +1,9 @@
-"""The measurements of `benchmarks.gpu`: each function measures one slice and returns its result.
+"""The measurements of `benchmarks.gpu`, which are called slices.
 
-A slice is a measurement that runs in its own process. A function has the signature `(folder, toy)
--> result`. It may keep files in `folder`, and finds them there when it is called again. The result
-can be saved as JSON. With `toy`, the function is a test that takes only seconds on a CPU.
+A slice is a measurement that runs in its own process. The function of a slice has the signature
+`(folder, toy) -> result`. It may keep files in `folder`, and finds them there when it is called
+again. The result can be saved as JSON. With `toy`, the function is a test that takes only seconds
+on a CPU.
 """
 
 import dataclasses
@@ -26,17 +27,17 @@ from vit_jax.training import trial
 from vit_jax.workdir import stored, writer
 
 TOKENS = (
-  196,
-  197,
-  256,
-  257,
-  577,
-)  # 224 pixels in patches of 16 and of 14, without and with class token; 384 pixels, patches of 16
+  196,  # 224 pixels, patches of 16, without a class token
+  197,  # with a class token
+  256,  # 224 pixels, patches of 14, without a class token
+  257,  # with a class token
+  577,  # 384 pixels, patches of 16, with a class token
+)
 BATCH, HEADS, HEAD_SIZE = 64, 12, 64  # B/16
 DROPOUT = 0.1
 TOY_WITH_PEERS = 'B/16 train'  # at toy size, other implementations run only this workload
 
-# A training run of seconds, for slices that train.
+# Overrides for a training run of some seconds, for slices that train at toy size.
 TINY = {
     'data.image_size': '8', 'data.source': 'synthetic', 'data.train_split': 'train[:50%]',
     'data.eval_split': 'test[:64]', 'epochs': '0.5', 'batch_size': '64', 'schedule.warmup': '0',
@@ -50,10 +51,10 @@ class Skipped(Exception):
 
 
 def attention(folder: pathlib.Path, toy: bool) -> dict:
-  """Compares cuDNN's attention with `plain`, both in bfloat16, and measures the time of both.
+  """Measures the errors and the times of cuDNN's attention and of `plain`, both in bfloat16.
 
-  The reference is `plain` in float32, on the same inputs. On a CPU, the kernel for CPUs is tested
-  instead of cuDNN's kernel.
+  The reference for the errors is `plain` in float32, on the same inputs. On a CPU, the kernel for
+  CPUs is tested instead of cuDNN's kernel.
   """
   del folder
   obstacle = flash_obstacle(target(), jnp.bfloat16, HEAD_SIZE)
@@ -130,7 +131,9 @@ def rates() -> dict:
 
 
 def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
-  """Trains a run twice, kills and resumes more runs of it, and compares all final states bitwise.
+  """Trains twice with the same config, and kills and resumes more such runs; compares the results.
+
+  All final states are compared bit for bit.
 
   The runs use `deterministic=True`. Each run compiles its own programs, to test that XLA makes the
   same choices in every compilation. At toy size, the runs share compiled programs.
@@ -163,7 +166,7 @@ def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
 
 
 def accuracy(name: str, folder: pathlib.Path, toy: bool) -> dict:
-  """Trains the first seed of a recipe; exits with code 75 if it was told to stop."""
+  """Trains a recipe with seed 0; exits with code 75 if a signal stops it."""
   recipe, workdir = recipes.RECIPES[name], folder / 'seed0'
   changes = recipe.overrides | {'data.source': f'folder:{gpu_pack.IMAGES.resolve()}'}
   if toy:
@@ -196,7 +199,7 @@ def images(folder: pathlib.Path, toy: bool) -> dict:
       raise Skipped(f'{name} is not installed')
   count, files = (600 if toy else 10_000), folder / 'photos'
   if not (folder / 'written').exists():
-    shutil.rmtree(files, ignore_errors=True)  # incomplete, because this slice was stopped
+    shutil.rmtree(files, ignore_errors=True)  # left by an earlier call that was stopped
     photos.make(files, count)
     (folder / 'written').touch()
   names, rounds = (['ours'], 1) if toy else (['ours', 'ours_workers'], 2)

@@ -54,7 +54,10 @@ def states(found: dict[str, dict]) -> str:
 
 
 def together(results: list[dict]) -> list[dict]:
-  """Merges those results of `benchmarks.speed` that were measured at the same peak speed."""
+  """Merges the results of `benchmarks.speed` that have the same peak speed.
+
+  All measured peak speeds count as the same. A merged result keeps the first one.
+  """
   merged = {}
   for one in results:
     peak = one['peak_flops_per_second'] if 'data sheet' in one['peak_is'] else one['peak_is']
@@ -63,7 +66,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table of both kernels. An error is the largest error of output and gradients."""
+  """Returns the table of both kernels. An error is the largest of output and gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))
@@ -82,7 +85,8 @@ def attention(result: dict) -> str:
   )
   head = ('tokens', 'inputs', f'error {kernel}', 'error plain', f'ms {kernel}', 'ms plain')
   text = 'correct' if result['right'] else 'WRONG'
-  return f'{table(head, rows)}\n\nErrors may be at most {result["tolerance"]}: {kernel} is {text}.'
+  limit = f'An error may be at most {result["tolerance"]}. With this limit, {kernel} is {text}.'
+  return f'{table(head, rows)}\n\n{limit}'
 
 
 def max_error(errors: dict[str, float]) -> str:
@@ -141,4 +145,4 @@ def images(result: dict) -> str:
       f'{training["data_wait"]:.1%}',
     )
   )
-  return table(('JPEGs', 'images/s', 'images/s per CPU second', 'waiting for data'), rows)
+  return table(('JPEGs', 'images/s', 'images per CPU second', 'waiting for data'), rows)

@@ -35,8 +35,8 @@ def collectives(text: str) -> list[dict]:
     text: HLO of the compiled step.
 
   Returns:
-    For each kind and group size, the number of operations, and the bytes of the whole arrays. These
-    are the bytes before a reduce-scatter, or after an all-gather.
+    For each kind and group size, the number of operations, and the bytes of the whole arrays. For a
+    reduce-scatter, these are its inputs; for an all-gather, its results.
   """
   operations, inside = {}, ''  # `inside` is the header of the computation that contains the line
   for line in text.splitlines():
@@ -72,7 +72,8 @@ def collectives(text: str) -> list[dict]:
 def modelled_seconds(text: str, target: str) -> float | None:
   """Returns the time of a step that the compiler estimates for a v5e; None for other devices.
 
-  It is the sum of the estimated cycles of all operations, and was not compared with a real TPU.
+  The time is the sum of the estimated cycles of all operations, divided by the clock rate. It was
+  not compared with a real TPU.
   """
   if not target.startswith('v5e:'):
     return None

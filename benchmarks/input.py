@@ -3,21 +3,21 @@
     python -m benchmarks.input      # 6 minutes on 2 cores; results/input.json
 
 All loaders do the same work on the same 20,000 JPEGs of about 400x350 pixels. They read a file,
-decode it, crop a random 8 to 100 % of its area and scale the crop to 224x224 with anti-aliasing.
+decode it, crop a random 8 to 100 % of its area, and scale the crop to 224x224 with anti-aliasing.
 The result is uint8 images in batches of 128.
 
 Each loader runs in its own process and may use all cores. Loaders take turns of a few seconds, so
-that other programs on the machine affect all loaders equally. Images per second per core are the
-images divided by the CPU time of a process and its children. On a shared machine, elapsed time
-would favour the loader with the most threads. A ratio is this project's rate divided by the rate of
-another loader. The file has the median ratio over the rounds, by CPU time and by elapsed time.
-Loaders that are not installed are skipped.
+that other programs on the machine affect all loaders equally. `images_per_second_per_core` is the
+number of images divided by the CPU seconds of a process and its children. On a shared machine,
+elapsed time would favour the loader with the most threads. A ratio is this project's rate divided
+by the rate of another loader. The file has the median ratio over the rounds, by CPU time and by
+elapsed time. Loaders that are not installed are skipped.
 
 The benchmark measures four more numbers:
   * the milliseconds that each available decoder takes in one thread;
   * how fast this project gathers batches of images that are already in memory;
   * the memory of all processes of this project's loader, over three epochs;
-  * the share of time that a small ViT waits for its data when it trains on these files.
+  * the share of time that a ViT S/16 waits for its data when it trains on these files.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
 
 
 class Photos:
-  """PyTorch dataset of the folder; it crops like torchvision's RandomResizedCrop."""
+  """PyTorch dataset of the JPEGs in a folder; crops like torchvision's RandomResizedCrop."""
 
   def __init__(self, folder):
     self.files = sorted(folder.rglob('*.jpg'))
@@ -174,7 +174,7 @@ def serve(name: str, folder: str) -> None:
 def race(
   folder: pathlib.Path, names: Iterable[str], rounds: int = ROUNDS
 ) -> dict[str, list[tuple[float, float]]]:
-  """Returns what `serve` printed for each of these contestants in each round."""
+  """Returns, for each contestant, the two rates that `serve` printed in each round."""
   quiet = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'JAX_PLATFORMS': 'cpu'}
   pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet)
   rates, running = {}, {}
@@ -342,7 +342,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns the median ratio of this project's rate to each other loader's; i as in `medians`."""
+  """Returns the median of this project's rate divided by a loader's rate; i as in `medians`."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

@@ -6,9 +6,9 @@ All runs train the model `tiny`. `scratch` spends all compute on images with lab
 rows spend half of it on a masked autoencoder (`configs/mae.py`), which sees all training images of
 CIFAR-10 or Tiny-ImageNet without labels, and the other half on fine-tuning with labels. Training
 with labels uses 1%, 10% or all of the training images of CIFAR-10, and always the recipe of
-`cifar10.py:tiny`. So rows with the same images differ only in `init` and in the number of epochs,
-which follows from the compute. In addition, a linear classifier is trained on each pretrained
-model, and on a model with random weights.
+`cifar10.py:tiny`. So rows with the same labelled images differ only in `init` and in the number of
+epochs. This number follows from the compute. In addition, a linear classifier is trained on each
+pretrained model, and on a model with random weights.
 
 The results are written to `results/masked.json`. Repeating the command resumes an interrupted
 comparison. Flags `--config.<key>=<value>` apply to all runs.
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
   result = collect.circumstances() | {'total_pflops': total, 'rows': {}}
 
   def run(name: str, config: str, overrides: dict[str, str], share: float | None = None) -> str:
-    """Trains one run with a share of the compute, or its config's epochs; returns the workdir."""
+    """Trains one run with a share of the compute, or its config's epochs; returns its workdir."""
     if share:
       overrides = overrides | {'epochs': epochs_for(config, overrides, share * total)}
     workdir = args.folder.resolve() / name

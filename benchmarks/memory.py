@@ -69,8 +69,8 @@ def show(gibibytes: float) -> None:
   import jax
 
   print(
-    f'Largest training batch in {gibibytes:g} GiB at 224 pixels with bfloat16 compute, compiled '
-    f'for this {jax.default_backend()}:'
+    f'Largest training batch that fits into {gibibytes:g} GiB, with images of 224 pixels, in '
+    f'bfloat16, compiled for the backend {jax.default_backend()}:'
   )
   print('| model | remat | first moment | batch | GiB |\n| --- | --- | --- | --- | --- |')
   for size, (remat, moment) in itertools.product(SIZES, PLANS):

@@ -5,9 +5,10 @@
 
 Nothing is trained or compiled, and no TPU is needed. `benchmarks/pods.py` has the calculation and
 its assumptions. docs/benchmarks.md explains the numbers. The file has two parts:
-  * `rows`: each model on each number of chips. A plan is a number of micro-batches with a value of
-    `model.remat`. `fsdp` is the smallest power of two with which a plan fits into memory. The row
-    has the fastest plan that fits. `own_plan` is the plan that `main.py` would choose.
+  * `rows`: a row for each model, kind of chip and number of chips. A plan is a number of
+    micro-batches with a value of `model.remat`. `fsdp` is the smallest power of two with which some
+    plan fits into memory. The row has the fastest plan that fits. `own_plan` is the plan that
+    `main.py` would choose.
   * `compared`: a check of the calculation on steps that the compiler for TPUs has compiled
     (`results/pods.json`). Each ratio is a calculated number divided by the compiler's number.
 """

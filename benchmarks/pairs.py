@@ -1,7 +1,7 @@
 """Writes a data set with several labels per image: two images side by side, with both labels.
 
     python -m benchmarks.pairs --source=folder:cifar10 --out=pairs
-    python main.py --config=configs/folder.py:tiny --config.data.source=labels:pairs/labels.csv \
+    python main.py --config=configs/folder.py:tiny --config.data.source=labels:pairs/labels.csv \\
         --config.data.image_size=32,64 --workdir=runs/pairs
 
 Each image is used at most once, in a picture of its own split. Of 16 pictures, one has noise
@@ -60,9 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
   parser = Parser(__spec__, __doc__)
   parser.add_argument('--source', required=True, help='data.source of images with one label each')
   parser.add_argument('--out', type=pathlib.Path, required=True, help='folder to create')
-  parser.add_argument('--size', type=count, default=32, help='height of a picture')
-  parser.add_argument('--train', type=count, default=25_000, help='most training pictures')
-  parser.add_argument('--test', type=count, default=5_000, help='most test pictures')
+  parser.add_argument('--size', type=count, default=32, help='height of a picture in pixels')
+  parser.add_argument('--train', type=count, default=25_000, help='maximum training pictures')
+  parser.add_argument('--test', type=count, default=5_000, help='maximum test pictures')
   args = parser.parse_args(arguments)
   if args.out.exists():
     parser.error(f'{args.out} already exists')

@@ -31,7 +31,7 @@ USED = 0.5  # assumed share of the peak that a step's matrix products reach
 # Bytes per second from a chip to its host: an assumed 10 GB/s. PCIe carries about 16 GB/s to a
 # chip (https://jax-ml.github.io/scaling-book/tpus).
 HOST_LINK = 10e9
-PER_HOST = 4  # chips of a virtual machine in a slice of several hosts
+PER_HOST = 4  # chips of a host (a virtual machine), in a slice of several hosts
 COPIES = 2  # process 0 gathers the state (`to_host`), and orbax copies it before it writes
 
 
@@ -122,7 +122,8 @@ def memory(model: Model, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
   """Returns the bytes of a step on each chip, as `compiling.estimator` estimates them.
 
   The state does not include the gradients. With micro-batches, a chip holds two sets of gradients:
-  the sum so far, and the gradients of the newest micro-batch.
+  the sum so far, and the gradients of the newest micro-batch. The estimate then also counts the
+  images twice.
   """
   state, others = held(model, mesh)
   return {
@@ -185,7 +186,7 @@ def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
 
 
 def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
-  """Returns the seconds of a step, with complete overlap of sending and computing, and without."""
+  """Returns the seconds of a step with complete overlap of sending and computing, or without."""
   products = BATCH // mesh.size * model.flops[plan.remat] / (USED * chip.peak)
   sending = seconds_sending(chip, mesh, collectives(model, mesh, plan))
   return {

@@ -6,7 +6,8 @@ One variant computes the features once and trains on them. The other variant run
 every step. The model is `tiny` for 32x32 pixels, with random weights. The images are random, in
 batches of 512, and the training step is the one of `main.py`. Both variants run in one process, in
 turns, on the same examples. Compilation is not timed. The results are written to
-`results/probe.json`, with the seconds to hash, compute and save the features once.
+`results/probe.json`. The file also has the time to compute and save the features once, and to hash
+the weights and the images for the name of the cache file.
 """
 
 import argparse

@@ -10,7 +10,7 @@ run that they already list. For each recipe, these files are written:
   * `results/<recipe>.json`: results of all seeds;
   * `results/<recipe>/`: `metrics.jsonl` of each run and a figure of the curves;
   * `results/README.md`: a row of the table;
-  * `results/minutes.png`: the test accuracy of the CPU recipes on CIFAR-10 by minutes.
+  * `results/minutes.png`: the test accuracy of the CPU recipes on CIFAR-10, by training minutes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
   Attributes:
     config: `configs/<experiment>.py:<variant>`.
-    overrides: config keys that are changed.
+    overrides: changed config keys with their values.
     seeds: number of runs, with seeds 0, 1, ...
     where: `cpu` for two CPU cores, or `gpu` for one GPU.
     minutes: maximum minutes of a run on the machine `where`.
@@ -192,14 +192,14 @@ def by_minutes(lines: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def is_drawn(name: str) -> bool:
-  """Returns whether a recipe is in the picture: CIFAR-10 on a CPU, with results."""
+  """Returns whether a recipe is in the figure: it is for CIFAR-10 on a CPU, and has results."""
   of_cifar = RECIPES[name].where == 'cpu' and name.startswith('cifar10')
   return of_cifar and (collect.RESULTS / f'{name}.json').exists()
 
 
 @canvas.styled
 def draw_minutes(names: list[str]) -> Figure:
-  """Draws test accuracy by minutes for the first run of each recipe, and names its machine."""
+  """Draws test accuracy by minutes for the first run of each recipe; the legend names machines."""
   figure = Figure((canvas.WIDTH, 3.8), layout='constrained')
   axis = figure.subplots()
   for name in names:

@@ -1,4 +1,4 @@
-"""Tests training with several processes: equal results, measured speed.
+"""Checks that training with several processes gives equal results, and measures its speed.
 
     python -m benchmarks.scaling      # 10 minutes; results/scaling.json
 
@@ -7,7 +7,8 @@ The file has two parts; docs/benchmarks.md explains them:
     three layouts: 1 process with 4 devices, 2 processes with 2 devices each, and 4 processes with 1
     device each. The 50 losses of each run are compared with the losses of the first run. The number
     of tested images is recorded.
-  * `measured`: the speed of 1, 2 and 4 processes. Each process has one device and the same work.
+  * `measured`: the speed of 1, 2 and 4 processes. Each process has one device and contributes the
+    same number of images to a step.
 
 `python -m benchmarks.on_paper` calculates what TPU pods need.
 """

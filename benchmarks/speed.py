@@ -51,7 +51,7 @@ class Contestant:
     self.process = SPAWN.Process(target=serve, args=(there, name, work, size), daemon=True)
     self.process.start()
     there.close()
-    self.about = self.answer()  # versions and seconds of the first step, or the reason for skipping
+    self.about = self.answer()  # versions and first step's seconds, or why it is skipped
 
   def answer(self):
     """Returns the next message from the process."""
@@ -100,7 +100,7 @@ def serve(connection, name: str, work: works.Work, size: dict) -> None:
 
 
 def measure(work: works.Work, rounds: int = ROUNDS, turn: float = TURN) -> dict:
-  """Measures a workload: the rate of each contestant, and this project's rate divided by it."""
+  """Measures a workload: the rates of the contestants, and our rate divided by each rate."""
   names = ['vit_jax', *['vit_jax_input'] * (work.mode == 'train'), *work.peers]
   began = time.perf_counter()
   size = in_a_process(works.sizes, work)
@@ -191,7 +191,7 @@ def in_a_process(function, *arguments):
 
 def peak(device: str, measured: float) -> tuple[float, str]:
   """Returns the peak rate and its source: a GPU's data sheet, or else the measured rate."""
-  from vit_jax.distributed.peaks import PEAK_TFLOPS  # here, because PyTorch's processes avoid JAX
+  from vit_jax.distributed.peaks import PEAK_TFLOPS  # keeps JAX out of PyTorch's processes
 
   for name, tflops in PEAK_TFLOPS.items():
     if name in device:

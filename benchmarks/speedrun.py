@@ -14,7 +14,7 @@ Rules:
   * Choose settings on held-out training images (`benchmarks.sweep`), because attempts use the test
     images.
 
-Repeating the command resumes an interrupted attempt, also days later. A record is added to
+Repeating the command resumes an interrupted attempt, even days later. A record is added to
 `results/speedrun.json` and to the table `results/speedrun.md`.
 """
 
@@ -33,12 +33,14 @@ from vit_jax.workdir import writer
 
 LOG = collect.RESULTS / 'speedrun.json'
 SEEDS = 5
-FIXED = {'eval_every': '0', 'data.val_split': ''}  # evaluation takes no time from training
+FIXED = {'eval_every': '0', 'data.val_split': ''}  # no evaluation during training
 
 HEADER = """# Speed runs
 
-The shortest runs to a test accuracy: mean over {seeds} seeds, last checkpoint, all test images.
-Minutes are the time of the training steps. `python -m benchmarks.speedrun` writes this page.
+This page lists the fastest runs that reach a target accuracy on all test images. Accuracies are
+means over {seeds} seeds, for the last checkpoint. Minutes are the time of the training steps. The
+column `before` has the minutes of the previous record, and the change in percent.
+`python -m benchmarks.speedrun` writes this page.
 
 | target | machine | date | by | change | minutes | compilation | accuracy | PFLOPs | before |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -6,8 +6,9 @@
 TFDS copies the files of `folder/<split>/<class>/` into an array_record, without re-encoding. Then
 the folder and the array_record are streamed one after the other (`data.cache=stream`), for one
 epoch over all splits, without random crops. Every image must be identical to a file that Pillow
-decoded, and every file must occur exactly once. For the folder and for the array_record,
-`results/streamed.json` holds the numbers of all images, of unexpected and of missing images.
+decoded, and every file must occur exactly once. The number of files must be a multiple of `BATCH`.
+For the folder and for the array_record, `results/streamed.json` holds three numbers of images: all
+streamed images, unexpected images and missing images.
 """
 
 import argparse

@@ -5,15 +5,16 @@
         --config.epochs=20 --config.data.source=folder:cifar10
 
 A grid can also be a list of JSON objects, e.g. to compare settings that belong together. With
-`--pflops`, the number of epochs is set for each combination, so that all trainings cost the given
-number of PFLOPs:
+`--pflops`, the sweep sets the number of epochs of each combination, so that each run costs the
+given number of PFLOPs:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/sizes \\
         --grid='[{"model.width": [48], "model.depth": [4, 6]}, {"model.width": [64]}]' \\
         --pflops=0.02 --config.data.source=folder:cifar10
 
-A grid can also be a file. For example, `knobs.json` changes one kind of augmentation or dropout at
-a time. Its first entry is the unchanged recipe. `--pflops` gives all entries the same compute:
+A grid can also be a file. For example, `knobs.json` changes one part of the recipe at a time, such
+as an augmentation, dropout or the weight averaging. Its first entry is the unchanged recipe.
+`--pflops` gives all entries the same compute:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/knobs --seeds=3 \\
         --grid=benchmarks/knobs.json --pflops=0.09 --config.data.source=folder:cifar10
@@ -53,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument(
     '--grid', required=True, type=grid, help='JSON: {"key": [value, ...], ...}, or a list'
   )
-  parser.add_argument('--pflops', type=float, help='PFLOPs of training; sets epochs')
+  parser.add_argument('--pflops', type=float, help='PFLOPs of each run; sets epochs')
   parser.add_argument('--seeds', type=int, default=1, help='seeds per combination: 0, 1, ...')
   parser.add_argument('--out', required=True, type=pathlib.Path, help='folder for the workdirs')
   args, rest = parser.parse_known_args(argv)
@@ -104,7 +105,7 @@ def epochs_for(config: str, overrides: dict[str, str], pflops: float) -> str:
   Raises:
     SystemExit: the number of training images is unknown.
   """
-  many = 100  # so that rounding the number of steps does not matter
+  many = 100  # many epochs, so that rounding the number of steps does not matter
   return f'{many * pflops / pflops_of(config, overrides | {"epochs": str(many)}):.3g}'
 
 
@@ -168,7 +169,7 @@ def main(argv: list[str]) -> int:
     for settings in args.grid:
       settings['epochs'] = epochs_for(args.config, args.overrides | settings, args.pflops)
   results = {i: [] for i in range(len(args.grid))}
-  # Seeds are the outer loop, so that an interrupted sweep has tried every combination early.
+  # The outer loop is over seeds, so that each combination is trained once before any trains again.
   for seed in range(args.seeds):
     for i, settings in enumerate(args.grid):
       name = ','.join(f'{key}={text}' for key, text in settings.items())

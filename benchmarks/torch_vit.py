@@ -1,4 +1,4 @@
-"""This project's Vision Transformer in well-written PyTorch, as a baseline for speed."""
+"""This project's Vision Transformer in efficient PyTorch code, as a baseline for speed."""
 
 import torch
 from torch import nn

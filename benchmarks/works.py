@@ -12,8 +12,9 @@ from vit_jax import cli
 from vit_jax import config as config_lib
 
 NUM_CLASSES = 10  # number of classes of the synthetic images
-# Learning rate of all implementations. With a larger rate, a model would learn its only batch in a
-# thousand steps. The gradients would then become denormal numbers, which slow down a CPU.
+# Learning rate of all implementations. With a larger rate, a model would fit its only batch
+# perfectly within a thousand steps. The gradients would then become denormal numbers, which slow
+# down a CPU.
 LEARNING_RATE = 1e-6
 
 
@@ -46,8 +47,8 @@ class Work:
 def settings(work: Work) -> ConfigDict:
   """Returns the config of a workload, without features that the other implementations lack.
 
-  Dropout, stochastic depth, label smoothing, gradient clipping and EMA are off. Augmentation is
-  light. The optimizer is AdamW, which all implementations have.
+  Dropout, stochastic depth, label smoothing, gradient clipping and EMA are off. The only
+  augmentations are crops and flips. The optimizer is AdamW, which all implementations have.
   """
   config = cli.load_file(work.config)
   overrides = {
@@ -124,7 +125,7 @@ def flops(
 
 CPU_PEERS = ('torch_eager', 'torch_compiled', 'plain_linen')
 HUB_PEERS = ('huggingface_eager', 'huggingface_compiled', 'plain_linen')
-GPU_PEERS = ('timm_compiled', 'huggingface_compiled')  # only two, because all share 80 GB
+GPU_PEERS = ('timm_compiled', 'huggingface_compiled')  # only two: all share the GPU's memory
 
 CIFAR, DTYPE = 'configs/cifar10.py', 'float32'
 ERF = (('model.activation', 'gelu'),)  # the activation of these models in Hugging Face and timm

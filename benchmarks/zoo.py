@@ -18,7 +18,7 @@ from vit_jax.weights import hf, timm
 from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Every ViT of timm 1.0.31, and every EVA and DINOv3; None for models that cannot be loaded.
+# Names of every ViT, EVA and DINOv3 of timm 1.0.31; the value is None if it cannot be loaded.
 TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 
@@ -147,12 +147,12 @@ def millions(count: int) -> str:
 
 
 def dinov3_model(name: str) -> ViT:
-  """Returns the model of a name in `DINOV3`, without a head."""
+  """Returns the model with a name from `DINOV3`, without a head."""
   return ViT(**hf.read_hf(pathlib.Path(name), DINOV3[name], {}).fields)
 
 
 def timm_model(name: str) -> ViT:
-  """Returns the model of a timm architecture name, with 1,000 classes."""
+  """Returns the model with an architecture name of timm, for 1,000 classes."""
   return ViT(**timm.read_timm(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 

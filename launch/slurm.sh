@@ -9,8 +9,8 @@
 #     --config=configs/imagenet.py:b16 --workdir=/shared/b16
 #
 # Slurm sends SIGTERM 120 s before the time limit. The run then saves a checkpoint and ends with exit
-# code 75, and the job is requeued without a limit. The exit codes 0 (done) and 2 (a mistake of the
-# user) end the job. After any other exit code, such as after the loss of a process, the job is
+# code 75, and the job is requeued, any number of times. The exit codes 0 (done) and 2 (a mistake of
+# the user) end the job. After any other exit code, such as after the loss of a process, the job is
 # requeued at most TRIES times (default 20). A file in the folder of the job counts these failures.
 # If a process is lost, JAX ends the other processes. The workdir must be on a disk that all nodes
 # share, or in a bucket.

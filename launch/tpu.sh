@@ -61,14 +61,14 @@ train() {
   on 0 'cat vit_jax/exit_code'
 }
 
-# Prints the state of the slice, or MISSING; nothing if gcloud cannot tell.
+# Prints the state of the slice, or MISSING if it does not exist; nothing if gcloud has no answer.
 errors=$(mktemp)
 state_of_slice() {
   if queue describe "$NAME" --format='value(state.state)' 2> "$errors"; then return; fi
   if grep -q NOT_FOUND "$errors"; then echo MISSING; else cat "$errors" >&2; fi
 }
 
-known=''
+known='' # last state that gcloud reported
 failed=0 # installations in this slice that have failed in a row
 while :; do
   state=$(state_of_slice)

@@ -3,10 +3,10 @@
 #
 #   launch/until_done.sh python main.py --config=configs/imagenet.py:b16 --workdir=gs://bucket/b16
 #
-# A preempted run ends with exit code 75, and the command is repeated without a limit. After exit
-# code 0 (done) or 2 (a mistake of the user), the command is not repeated. After any other exit code,
-# e.g. because a host was lost, the command is repeated at most TRIES times (default 20). PAUSE is the
-# wait between two tries, in seconds.
+# A preempted run ends with exit code 75. The command is then repeated, any number of times. After
+# exit code 0 (done) or 2 (a mistake of the user), the command is not repeated. After any other exit
+# code, e.g. because a host was lost, the command is repeated at most TRIES times (default 20). PAUSE
+# is the wait between two tries, in seconds (default 30).
 set -u
 if [ $# -eq 0 ]; then
   echo 'usage: launch/until_done.sh <command> [argument ...]' >&2
@@ -14,7 +14,7 @@ if [ $# -eq 0 ]; then
 fi
 
 stopped='' # whether a signal asked this script to stop
-passed=''  # the process that the signal was passed on to
+passed=''  # ID of the process that got the signal from this script
 
 stop() {
   stopped=1

@@ -28,7 +28,10 @@ DATA = ROOT / 'tests' / 'fixtures'
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects slow tests
 def pytest_collection_modifyitems(items):
-  """Moves all cases but the first of a test with the mark `slow_after_first` one suite further."""
+  """Marks the cases of tests that have the mark `slow_after_first`.
+
+  All cases but the first get the mark `slow`, or `long` if the test already has the mark `slow`.
+  """
   seen = set()
   for item in items:
     if item.get_closest_marker('slow_after_first'):
@@ -59,13 +62,13 @@ def small_config(**overrides):
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model, image_BHWC):
-  """Returns parameters; compiled, because single operations take seconds to compile."""
+  """Returns initial parameters; one program, because compiling single operations takes seconds."""
   return model.init(jax.random.key(0), image_BHWC)['params']
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_model(model, params, image_BHWC):
-  """Returns the logits or tokens of a model, compiled as a whole."""
+  """Returns the logits or tokens of a model, computed by one compiled program."""
   return model.apply({'params': params}, image_BHWC)
 
 
@@ -99,7 +102,7 @@ def assert_equal(a, b):
 
 
 def check_resumes_exactly(overrides, init, tmp_path):
-  """Asserts that an interrupted run ends like an uninterrupted one, also without its `init` folder.
+  """Asserts that an interrupted run ends like an uninterrupted one, even without the `init` folder.
 
   The runs are `whole` and `cut` in `tmp_path`. Returns the result of `whole` and the item `state`.
   """

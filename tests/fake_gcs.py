@@ -1,12 +1,12 @@
-"""A Google Cloud Storage in memory, on loopback, for tests; it can fail on request.
+"""A server for tests that imitates Google Cloud Storage; it can also fail on request.
 
     with FakeGcs() as server:
       subprocess.run([...], env=os.environ | server.env)
       server.unavailable(seconds=5)
 
-It serves what gcsfs, tensorstore, array_record and orbax ask for: objects with generations and
-preconditions, listings, ranges, three kinds of uploads, copies and batches of deletions. Requests
-are answered one at a time.
+The server listens on loopback and keeps all objects in memory. It answers the requests of gcsfs,
+tensorstore, array_record and orbax: objects with generations and preconditions, listings, ranges,
+three kinds of uploads, copies and batches of deletions. It answers one request at a time.
 """
 
 import http.server
@@ -18,7 +18,7 @@ from tests.gcs_requests import Handler, Stored
 
 
 class Server(http.server.ThreadingHTTPServer):
-  """A server that does not report connections of killed processes."""
+  """An HTTP server that prints no error if a killed process leaves a broken connection."""
 
   daemon_threads, request_queue_size = True, 256
 
@@ -27,13 +27,13 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class FakeGcs:
-  """Context manager of a server with the buckets `bucket` and `forbidden`; others don't exist.
+  """Context manager of a server with the buckets `bucket` and `forbidden`; no others exist.
 
   Attributes:
     objects: {(bucket, name): Stored}.
     delay: seconds before each answer.
-    read: for each address of the server, {name: bytes that were read}. A test with several
-      processes gives each one an address, to see what it reads.
+    read: for each address of the server, {name: number of bytes that were read}. A test with
+      several processes gives each process its own address, to see what this process reads.
     written: names of the objects that were written, in order.
   """
 

@@ -147,7 +147,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self.send_content(found)
 
   def send_content(self, found: Stored):
-    """Sends an object, or the range that is asked for."""
+    """Sends an object, or the requested range of it."""
     data, size = found.data, len(found.data)
     headers = {
       'x_goog_generation': found.generation, 'x_goog_metageneration': 1, 'ETag': found.generation,
@@ -167,7 +167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self.send(code, data, **headers)
 
   def listing(self, bucket: str):
-    """Lists objects, or with a delimiter also folders, in pages."""
+    """Lists objects in pages; with a delimiter, also lists folders."""
     query = self.query
     prefix, mark = query.get('prefix', ''), query.get('delimiter', '')
     first = max(query.get('startOffset', ''), query.get('pageToken', ''))
@@ -192,7 +192,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.send(200, {key: value for key, value in found.items() if value})
 
   def upload(self, bucket: str, data: bytes):
-    """Writes an object: with one request, with one of several parts, or in a session."""
+    """Writes an object that arrives in one request, in a multipart request, or in a session."""
     if 'upload_id' in self.query:
       return self.go_on(bucket, data)
     name, kind = self.query.get('name'), self.query.get('uploadType')
@@ -208,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     return self.send(200, self.store.put(bucket, name, data).about())
 
   def go_on(self, bucket: str, data: bytes):
-    """Adds a piece to a session; the last piece writes the object."""
+    """Adds a piece to an upload session; writes the object after the last piece."""
     session = self.store.sessions[self.query['upload_id']]
     session['data'] += data
     here = self.headers.get('Content-Range', '')
@@ -235,7 +235,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     self.send(200, whole if part['verb'] == 'rewriteTo' else about)
 
   def delete_several(self, data: bytes):
-    """Answers a batch, which holds a deletion in each part."""
+    """Deletes several objects: each part of the request deletes one of them."""
     head = f'Content-Type: {self.headers["Content-Type"]}\r\n\r\n'.encode()
     answers = []
     for i, part in enumerate(email.message_from_bytes(head + data).get_payload()):
@@ -252,7 +252,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def parts_of(content_type: str, data: bytes, name: str | None) -> tuple[str, bytes]:
-  """Returns name and content of an object from a request of two parts: JSON and content."""
+  """Returns name and content of an object from a multipart request: JSON, then content."""
   mark = re.search(r'boundary="?([^";]+)', content_type.replace("'", '"'))[1].encode()
   parts = data.split(b'--' + mark)
   gap = lambda part: b'\r\n\r\n' if b'\r\n\r\n' in part else b'\n\n'

@@ -1,10 +1,10 @@
-"""Points at English that readers stumble over: odd phrases and long sentences.
+"""Finds English that is hard to read: odd phrases and long sentences.
 
     python tests/prose.py                  # the whole project: counts by folder
     python tests/prose.py README.md -v     # one file, each phrase and long sentence with its line
 
 It reads Markdown, notebooks, docstrings, comments and strings of at least four words. It is an aid
-for rereading: a text without hits can still be hard to read. `tests/test_docs.py` holds the limits.
+for editors: a text without hits can still be hard to read. `tests/test_docs.py` holds the limits.
 """
 
 import ast
@@ -51,7 +51,7 @@ COMPILED = {name: re.compile(pattern, re.M) for name, pattern in PHRASES.items()
 
 
 def comments(source):
-  """Yields (line, text) of each comment; lines that follow one another are one comment."""
+  """Yields (line, text) of each comment; consecutive lines are one comment."""
   first, last, lines = 0, 0, []
   for token in tokenize.generate_tokens(io.StringIO(source).readline):
     if token.type != tokenize.COMMENT:
@@ -104,7 +104,7 @@ def markdown(text):
 
 
 def texts(path):
-  """Yields (line, text) of what people read in a file."""
+  """Yields (line, text) of every text in a file that is written for people."""
   source = path.read_text()
   if path.suffix == '.py':
     yield from comments(source)
@@ -166,7 +166,7 @@ def project_files(root='.'):
 
 
 def by_group(paths, root='.'):
-  """Returns {top-level folder or file: summed counts}, with 'all' as the last."""
+  """Returns {top-level folder or file: summed counts}; the last entry, 'all', is the total."""
   groups = {}
   for path in paths:
     parts = path.relative_to(root).parts if path.is_relative_to(root) else (path.name,)

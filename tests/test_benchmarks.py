@@ -148,7 +148,7 @@ PACE = {'vit_jax': 0.1, 'vit_jax_input': 0.01, 'torch_eager': 0.2, 'torch_compil
 
 
 class Fake:
-  """A contestant with a known speed, in seconds per step."""
+  """Stands in for a contestant; `PACE` has its seconds per step."""
 
   def __init__(self, name, work, size):
     self.name = name
@@ -297,7 +297,7 @@ def test_all_decoders_give_the_same_pixels(name):
   whole = Image.fromarray(coarse).resize((900, 700), Image.Resampling.BICUBIC)
   encoded = io.BytesIO()
   whole.save(encoded, 'jpeg', quality=95)
-  for box in ((100, 50, 820, 640), (300, 200, 460, 370)):  # reduced, enlarged
+  for box in ((100, 50, 820, 640), (300, 200, 460, 370)):  # the crop is reduced, then enlarged
     got = decode(encoded.getvalue(), lambda *_, box=box: box).astype(int)
     wanted = whole.resize(input_lib.SIZE[::-1], Image.Resampling.BILINEAR, box)
     assert abs(got - np.asarray(wanted)).mean() < 2
@@ -318,10 +318,10 @@ def program(name):
 
 
 def test_every_program_parses_its_arguments():
-  """Otherwise a mistyped flag would be ignored and minutes of work would start."""
+  """A program that ignores a mistyped flag would start minutes of work."""
   files = {path.stem: path.read_text(encoding='utf-8') for path in ROOT.glob('benchmarks/*.py')}
   run = {name for name, text in files.items() if "if __name__ == '__main__'" in text}
-  assert run - {'memory'} == set(PROGRAMS)  # it only refers to another command
+  assert run - {'memory'} == set(PROGRAMS)  # `memory` only names another command
 
 
 @pytest.mark.parametrize('name', PROGRAMS)

@@ -27,7 +27,7 @@ PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'SECURITY.md', *DO
 FENCE = re.compile(r'^ *```(\w+)\n(.*?)^ *```', re.M | re.S)
 WORD = r"(?:'[^']*'|[^\s;&)'])+"  # one word of a shell command
 OWN_MODULE = '--import=my_'  # docs/architecture.md; a test below runs these commands
-NOT_COMMANDS = (  # what stands in place of a person's own values
+NOT_COMMANDS = (  # placeholders for the reader's own values
   '<model>', '<data>', '<repository>', '...',
 )  # fmt: skip
 
@@ -37,18 +37,18 @@ def read(path):
 
 
 def blocks(path, language):
-  """The fenced blocks of a page in a language."""
+  """Returns the fenced code blocks of a page that are in one language."""
   return [text for name, text in FENCE.findall(read(path)) if name == language]
 
 
 def lines_of(text):
-  """The commands of a shell block, with continued lines joined."""
+  """Returns the commands of a shell block, with continued lines joined."""
   joined = re.sub(r'\\\n\s*', ' ', text)
   return [line.strip() for line in joined.splitlines() if line.strip()]
 
 
 def main_commands():
-  """(page, arguments) of each `python main.py` of the docs, and of README's table of tasks."""
+  """Yields (page, arguments) of each `python main.py` in the docs and in README's task table."""
   for path in PAGES:
     for line in itertools.chain.from_iterable(map(lines_of, blocks(path, 'sh'))):
       for found in re.finditer(rf'(?:python main\.py|vit-jax)((?: +{WORD})*)', line):
@@ -66,7 +66,7 @@ def test_commands_of_the_docs_pass_their_modes_parser(page, command, monkeypatch
   if any(part in command for part in NOT_COMMANDS):
     pytest.skip('a pattern, not a command')
   monkeypatch.chdir(ROOT)
-  for asks in ('prepare_clients', 'check_access'):  # the buckets of the docs do not exist
+  for asks in ('prepare_clients', 'check_access'):  # the buckets in the docs do not exist
     monkeypatch.setattr(client, asks, lambda *_: None)
   argv = shlex.split(command)
   if OWN_MODULE in command:  # without the module, its names and keys are unknown
@@ -110,7 +110,7 @@ def test_commands_of_benchmarks_with_flags_parse():
 
 
 def slug(heading):
-  """The anchor of a heading, as the site and GitHub make it."""
+  """Returns the anchor of a heading, in the way that the site and GitHub compute it."""
   text = re.sub(r'`|\*|\[|\]\([^)]*\)', '', heading).strip().lower()
   return re.sub(r'[\s-]+', '-', re.sub(r'[^\w\s-]', '', text))
 

@@ -1,4 +1,4 @@
-"""`make gpu` keeps its order and its time, resumes what was stopped, and packs what it needs."""
+"""`make gpu` keeps its order and its time limits, resumes stopped slices, and packs its needs."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def args(tmp_path, monkeypatch):
 
 
 def stand_in(monkeypatch, script):
-  """Replaces the program of each slice by a Python script, which finds the record in `path`."""
+  """Replaces the program of each slice by a Python script; `path` in it is the record's path."""
 
   def command(name, args):
     path = args.results / f'{name}.json'
@@ -86,7 +86,7 @@ def test_slices_run_in_order_and_finished_ones_are_skipped(monkeypatch, args):
 def test_no_slice_starts_without_enough_time_and_none_exceeds_it(monkeypatch, args):
   args.minutes = 10
   found = run_recorded(monkeypatch, args, slices(a=5, b=5, c=2, d=1), took=400)
-  assert found == [('a', 540), ('c', 200)]  # b needs 5 minutes, d 1, and 200 and 0 s were left
+  assert found == [('a', 540), ('c', 200)]  # 200 s left: too few for b; 0 s: too few for d
 
 
 def test_a_slice_that_resumes_continues_while_time_is_left(monkeypatch, args):
@@ -234,8 +234,8 @@ def test_images_are_the_same_after_packing_and_unpacking(packed):
   once = gpu_pack.DATA.read_bytes()
   os.utime(packed / 'images/train/cat/1.jpg', (1, 1))
   gpu_pack.pack(packed / 'images', '3.12')
-  assert gpu_pack.DATA.read_bytes() == once  # independent of the time
-  (packed / 'work/cifar10.partial').mkdir(parents=True)  # of a call that was killed
+  assert gpu_pack.DATA.read_bytes() == once  # independent of the files' times
+  (packed / 'work/cifar10.partial').mkdir(parents=True)  # left by a call that was killed
   (packed / 'work/cifar10.partial/half').touch()
   for _ in range(2):
     gpu_pack.unpack()
@@ -305,6 +305,6 @@ def test_a_machine_without_a_gpu_is_refused_before_any_slice(tmp_path, monkeypat
 @pytest.mark.slow
 def test_toy_slices_finish(tmp_path):
   command = [sys.executable, '-m', 'benchmarks.gpu', '--toy', f'--results={tmp_path}']
-  for name in ('attention', 'small'):  # `make test-hardware` runs all
+  for name in ('attention', 'small'):  # `make test-hardware` runs all slices
     subprocess.run([*command, f'--slice={name}'], cwd=gpu.ROOT, check=True, capture_output=True)
     assert gpu.state_of(name, tmp_path) == 'finished'

@@ -37,7 +37,7 @@ def run(*command, cwd=ROOT, **variables):
 
 
 def codes(tmp_path, *wanted):
-  """Returns a command that ends with the wanted exit codes, one after another, and its log."""
+  """Returns a command, and its log. The n-th call of the command ends with the n-th wanted code."""
   log = tmp_path / 'calls'
   script = f'echo "$@" >> {log}\ncodes=({" ".join(map(str, wanted))})\n'
   return put(tmp_path, 'step', script + f'exit ${{codes[$(wc -l < {log}) - 1]}}'), log
@@ -85,8 +85,9 @@ def test_slurm_starts_a_preempted_job_again(code, failed, again, tmp_path):
   assert rest == (['scontrol requeue 7'] if again else [])
 
 
-# Plays a slice with one worker. It waits once, loses its first training, and executes the commands
-# of the second. If the connection was lost, gcloud does not know the state of the slice once.
+# Imitates gcloud and a slice with one worker. A new slice waits for resources at first. The first
+# training is lost; the commands of later trainings are executed. If the connection was lost, the
+# next `describe` fails.
 GCLOUD = """
 echo "$@" >> log
 for last; do :; done
@@ -137,7 +138,7 @@ def run_slice(folder, lose, code):
   worker = folder / 'worker' / 'vit_jax'
   worker.mkdir(parents=True)
   put(worker / 'launch', 'until_done.sh', f'echo "$@" > {folder}/flags; exit {code}')
-  old = subprocess.Popen(['sleep', '60'])  # a run that a lost connection has left
+  old = subprocess.Popen(['sleep', '60'])  # a run left by a lost connection
   threading.Thread(target=old.wait, daemon=True).start()  # otherwise it would stay as a zombie
   (worker / 'pid').write_text(f'{old.pid}\n')
   found = start_slice(folder, lose)
@@ -180,7 +181,7 @@ def test_a_slice_with_an_old_python_gets_a_newer_one(tmp_path, old):
   put(tmp_path / 'bin', 'tar', ':')
   (tmp_path / 'worker').mkdir()
   start_slice(tmp_path, install=f'({EXECUTE}) && exit 1', TRIES=2)
-  made = (tmp_path / 'python').read_text().splitlines()[1:]  # the second try keeps the environment
+  made = (tmp_path / 'python').read_text().splitlines()[1:]  # the second try reuses .venv
   uv = ['-m pip install -q --user uv', '-m uv venv -q --clear --seed --python 3.12 .venv']
   assert made == (uv if old else ['-m venv .venv'])
 

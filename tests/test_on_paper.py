@@ -102,7 +102,7 @@ def test_between_slices_a_chip_sends_only_its_share_of_the_sum(b16):
 
 @pytest.mark.parametrize(('memory', 'want'), [(4e9, 1), (1.6e9, 2), (0.65e9, 4), (0.3e9, 8)])
 def test_fsdp_is_the_smallest_power_of_two_that_fits(b16, memory, want):
-  # State and two sets of gradients need 20 bytes a parameter, and an image 20 MB with `remat`.
+  # State and two sets of gradients need 20 bytes per parameter, and an image 20 MB with `full`.
   chip = dataclasses.replace(V5E, memory=memory / SHARE)
   if want == 8:
     with pytest.raises(ValueError, match='B/16 does not fit on 4 chips'):
@@ -117,11 +117,12 @@ def test_of_the_plans_that_fit_the_fastest_is_chosen(b16):
   # On 8 chips, 512 images need 61 GB of activations, or 20 GB with `dots`.
   fits = lambda memory: pods.choose(b16, dataclasses.replace(V5E, memory=memory / SHARE), 8)[1:]
   assert fits(70e9) == (Plan(1, 'none'), Plan(1, 'none'))
-  assert fits(33.5e9) == (Plan(2, 'none'), Plan(2, 'none'))  # more micro-batches send no more
+  assert fits(33.5e9) == (Plan(2, 'none'), Plan(2, 'none'))  # more parts send no more bytes
 
 
 def test_with_fsdp_more_remat_can_be_faster_than_more_micro_batches(b16):
-  # With fsdp=4, state and twice gradients and images need 0.59 GB, and an image 120, 40 or 20 MB.
+  # With fsdp=4, the state and two copies of gradients and images need 0.59 GB. The activations of
+  # an image need 120 MB with `none`, 40 MB with `dots`, or 20 MB with `full`.
   slow = dataclasses.replace(V5E, memory=0.8e9 / SHARE, link=1e9)
   mesh, best, own = pods.choose(b16, slow, 8)
   assert mesh.shape['fsdp'] == 4 and own == Plan(512, 'none') and best == Plan(64, 'full')
@@ -132,8 +133,8 @@ def test_chips_with_the_same_part_share_a_save():
   mesh = pods.mesh_of(4, 2)
   assert pods.copied(mesh, of(96, 128), 1) == 96 * 128 * 4 // 8  # 2 parts, each for 4 chips
   assert pods.copied(mesh, of(96, 128), 8) == 96 * 128 * 4
-  assert pods.copied(mesh, of(8), 1) == 4  # too small to be split: one of 8 numbers for each chip
-  assert pods.copied(mesh, of(5), 1) == pods.copied(mesh, of(5), 8) == 5 * 4  # does not divide
+  assert pods.copied(mesh, of(8), 1) == 4  # not split by fsdp: one of 8 numbers per chip
+  assert pods.copied(mesh, of(5), 1) == pods.copied(mesh, of(5), 8) == 5 * 4  # not divisible
   assert pods.copied(mesh, of(), 4) == 4
 
 

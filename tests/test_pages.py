@@ -1,4 +1,4 @@
-"""The commands of three pages run in this order, on small data."""
+"""The commands of three documentation pages run in the order of the page, on small data."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def write_images(folder, classes, count):
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
-  """A folder with the data of all pages, in which their commands run."""
+  """Returns a folder with the data of all pages, in which the commands of the pages run."""
   home = tmp_path_factory.mktemp('pages')
   digits = [f'class_{i}' for i in range(10)]
   write_images(home / 'cifar10' / 'train', digits, 16)
@@ -66,13 +66,13 @@ def run(home, command):
 
 
 def commands(page):
-  """The commands of a page, in its order."""
+  """Returns the commands of a page, in the order of the page."""
   return [line for block in blocks(ROOT / 'docs' / page, 'sh') for line in lines_of(block)]
 
 
 @pytest.fixture(scope='module')
 def tutorial(home):
-  """Returns that folder after the commands of the tutorial, which leave the run `runs/c10`."""
+  """Returns the folder `home` after the commands of the tutorial, which create `runs/c10`."""
   for command in commands('tutorial.md'):
     if '--config=' not in command or 'folder:cifar10' in command:  # the others download CIFAR-10
       run(home, command)

@@ -176,7 +176,7 @@ def test_combinations_of_equal_compute_get_their_epochs():
   few, many = (
     float(sweep.epochs_for(args.config, args.overrides | grid, 1e-4)) for grid in args.grid
   )
-  assert 1.7 < few / many < 2.1  # a block more costs the same as the others
+  assert 1.7 < few / many < 2.1  # each further block costs the same
   config = config_lib.override_all(
     cli.load_file('configs/digits.py'), args.overrides | args.grid[0] | {'epochs': str(few)}
   )

@@ -1,4 +1,4 @@
-"""Open values follow the number and the size of the images; given values never change."""
+"""Values that a config leaves open depend on the training images; given values never change."""
 
 import dataclasses
 
@@ -118,7 +118,7 @@ def test_the_image_size_follows_the_median_of_images_from_the_whole_split():
 
   config = chosen('configs/folder.py:small', dataclasses.replace(photos(1000), read=read))
   assert config.data.image_size == (128, 128)
-  assert len(asked) <= 100 and min(asked) < 10 and max(asked) >= 890  # of train[:90%]
+  assert len(asked) <= 100 and min(asked) < 10 and max(asked) >= 890  # train[:90%] has 900
 
 
 def test_every_variant_trains_on_photos_of_any_size():
@@ -162,7 +162,7 @@ def test_a_given_training_split_keeps_the_validation_split_of_the_data(caplog):
   assert 'no images are held out' not in caplog.text
   data = chosen(FINETUNE, photos(60), **given).data
   assert (data.train_split, data.val_split) == ('train', '')
-  assert 'data.train_split=train is set and data.val_split is not' in caplog.text
+  assert 'data.train_split=train is set, but data.val_split is None' in caplog.text
 
 
 def test_nothing_is_held_out_if_a_class_would_have_no_training_image(caplog):
@@ -183,7 +183,8 @@ def test_classes_with_few_held_out_images_are_named(caplog):
 
 def test_the_batch_divides_over_devices_and_micro_batches():
   assert chosen(FINETUNE, photos(240), micro_batches='3').batch_size == 12
-  config = chosen('configs/folder.py:small', photos(240), **{'mesh.data': '2'})  # mixes pairs
+  # This config mixes pairs of images, so each device needs an even number of images.
+  config = chosen('configs/folder.py:small', photos(240), **{'mesh.data': '2'})
   assert config.batch_size % 4 == 0
 
 
