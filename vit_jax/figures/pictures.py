@@ -31,8 +31,8 @@ class AttentionMaps:
 
   Attributes:
     rollout: `[B, h, w]`, attention rollout of the B images, for h x w patches.
-    heads: `[B, R, K, h, w]`, an attention map for each image, row and head. R counts rows; a
-      row stands for a block, or for the pool.
+    heads: `[B, R, K, h, w]`, an attention map for each image, layer and head. The R layers
+      are the blocks and, if the pooling uses attention, the pooling as the last one.
     distance_DK: attention distance of D blocks and K heads in pixels, averaged over images.
     measured: number of images over which `distance_DK` is averaged.
   """

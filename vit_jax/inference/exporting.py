@@ -99,7 +99,7 @@ def export(
 def expected_grid(found: Weights) -> Adaptation:
   """Returns the `Adaptation` that resizes position embeddings to the expected image size.
 
-  A file can contain position embeddings for another image size than its weights expect, as in
+  The position embeddings in a file can be for another image size than the preprocessing, as in
   DINOv2. `predict` resizes such position embeddings too. If the expected size is unknown, the
   `Adaptation` resizes nothing.
   """

@@ -169,7 +169,7 @@ def sweep(
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after this head's last step
         raise Preempted(
-          f'The sweep was asked to stop, and stopped after the head for learning rate {rate:g}.'
+          f'A signal stopped the sweep. The head for learning rate {rate:g} is trained.'
         )
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(

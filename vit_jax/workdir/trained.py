@@ -63,8 +63,8 @@ class TrainingFiles:
   Attributes:
     own_N: hashes of the run's own training files, computed from the name or the content of a file.
     inherited_N: hashes of the files that the `init` weights and the teacher were trained on.
-    shared_N: hashes of names that both a training file and a held-out file have. Files with these
-      names are compared by content.
+    shared_N: hashes of file names that occur both among the training files and among the held-out
+      files. Such a name can stand for two files, so files with these names are compared by content.
     own_splits: `(data.source, split)` pairs that the run itself is trained on.
     inherited_splits: `(data.source, split)` pairs that the `init` weights and the teacher were
       trained on.
