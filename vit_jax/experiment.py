@@ -48,8 +48,8 @@ class Experiment:
   """The model that a config describes, with the functions that training and evaluation need.
 
   `fit` resizes an image on the host. `names` lists the files that the weights were trained on; None
-  if no list was recorded. Only training needs `teacher`, and `weight_L`: the weight of each
-  class in the loss. Both are None if the run does not use them. `calibration` turns logits into
+  if no list was recorded. Only training needs `teacher` and `weight_L`, the weights of the
+  classes in the loss. Both are None if the run does not use them. `calibration` turns logits into
   probabilities. `parts` is the number of micro-batches with which a training step fits into memory;
   None if not computed. `pack` pads images that keep their aspect ratio; None if all images are
   resized to one shape.
@@ -273,7 +273,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def assemble_for(config: ConfigDict, source: Source) -> Experiment:
-  """Builds the experiment for a dataset whose images are stored at the model's input size."""
+  """Builds the experiment for a dataset; the host resizes images to the model's input size."""
   size = pair(config.data.image_size)
   task = Task(source.class_names, size, source.channels, multi_label=source.multi_label)
   return assemble(config, task)

@@ -62,14 +62,14 @@ def open_splits(
 
   `seen` lists the files on which the weights were trained. These files are removed from the
   validation and test splits, with two exceptions for the validation split. If the run compares
-  learning rates (`sweep`), its own training files stay, because its final training uses the
-  validation split too. If the validation split would become empty, it keeps the files that only
-  `init` or the teacher was trained on (`workdir.open_validation`).
+  learning rates (`sweep`), its own files stay. These include all files of the validation split,
+  because the final training uses this split too. If the validation split would become empty, it
+  keeps the files that only `init` or the teacher was trained on (`workdir.open_validation`).
 
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole
-      validation split. Or the data has no files, and the weights were trained on a part of the test
-      split.
+      validation split. Or the examples of the data are not single files (e.g. `tfds:`), and the
+      weights were trained on a part of the test split.
   """
   data, size = experiment.config.data, experiment.task.stored_size
   read = functools.partial(open_split, experiment.reading, size=size)

@@ -34,7 +34,7 @@ SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-  """The image files of a split, sorted by `position`, as arrays to save memory.
+  """The image files of a split, sorted by `splits.position`, as arrays to save memory.
 
   Attributes:
     top: folder at which the paths start, such as the parent of the class folders.
@@ -42,7 +42,7 @@ class Files:
     label_N: class index of each file, int32. If an image can have several labels: multi-hot
       labels, uint8 `[N, L]`, which are 1 for each class of the image.
     hash_N: result of `hash_name` for each file, uint64.
-    span: range (low, high) of the files' positions; (0, 1) if the split was not chosen by hash.
+    span: range (low, high) of `splits.position` that selects the files; (0, 1): no selection.
   """
 
   top: pathlib.Path
@@ -162,9 +162,9 @@ def check_classes(
     )
   if absent := without(class_names, files['train']):
     raise ValueError(
-      f'{root}: all images of class {abridged(absent)} are held out for testing, because a hash '
-      f'of the file name selects about {HELD_OUT:.0%} of all files. Add images, or divide them '
-      'into train/ and test/.'
+      f'{root}: all images of class {abridged(absent)} are held out for testing. Hashes of file '
+      f'names choose {HELD_OUT:.0%} of all files on average, and can choose a whole small class. '
+      'Add images, or divide them into train/ and test/.'
     )
   if not len(files['test']):
     raise ValueError(
@@ -197,7 +197,7 @@ def warnings(
 def unused(
   root: pathlib.Path, tops: Collection[pathlib.Path], unread: Collection[pathlib.Path]
 ) -> Iterator[str]:
-  """Yields warnings about unused folders in `root` and `tops`, and images directly in `unread`."""
+  """Yields warnings about unused folders in `root` and `tops`, and unused images in `unread`."""
   for folder in dict.fromkeys((root, *tops)):
     inside = sorted(folder.iterdir(), key=lambda path: path.name)
     if skipped := [p.name for p in inside if p.is_dir() and useless(p)]:

@@ -54,7 +54,7 @@ class Subject:
     test: test split.
     scores: predictions for the test split.
     shown: `[B, H, W, C]` uint8, the images to draw, at the size of the model's input.
-    attention: attention in the images `shown`; the distances are averaged over more images.
+    attention: attention maps of the images `shown`, and attention distances over more images.
     step: step number of the checkpoint; None for published weights.
     nearest: the most similar training images for each of the most confident mistakes.
   """

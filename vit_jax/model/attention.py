@@ -41,9 +41,9 @@ def select_kernel(
   """Returns the attention kernel `(query, key, value, keep, rate) -> y_BQKE` for given arrays.
 
   The docstring of `plain` describes the arguments of a kernel. On a CPU, the kernel is
-  `with_gradient` unless the choice is `plain`. On other devices, `plain` is used where `flash`
-  cannot run, even if the choice is `cudnn`. Examples are attention pooling (`MapHead`), which has
-  only one query, and attention dropout.
+  `with_gradient` unless the choice is `plain`. On other devices, the choices `auto` and
+  `cudnn` give the kernel `flash`. Where `flash` cannot run, they give `plain`: for example in
+  attention pooling (`MapHead`), which has only one query, and with attention dropout.
 
   Args:
     choice: one of `ATTENTION`.

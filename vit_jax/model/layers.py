@@ -66,7 +66,8 @@ class Dense(nn.Module):
     axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
-    kernel_init: initializer of the kernel; it receives the kernel's shape as a matrix.
+    kernel_init: initializer; it gets the shape (all inputs, all features), and its result is
+      reshaped to the shape of the kernel.
     bias_init: initializer of the bias.
   """
 

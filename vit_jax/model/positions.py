@@ -191,8 +191,8 @@ def antialiased(method: str):
 def cubic(table_hwD, grid):
   """Resizes a table to `grid` like `interpolate_pos_encoding` of Hugging Face's CLIP and SigLIP.
 
-  This is PyTorch's bicubic method without antialiasing: a cubic convolution whose parameter a is
-  -0.75 (Keys 1981, equation 15, where a = -0.5).
+  This is PyTorch's bicubic method without antialiasing: a cubic convolution with a = -0.75.
+  Equation 15 of Keys 1981 is the same method with a = -0.5.
   """
   for axis, wanted in enumerate(grid):
     size = table_hwD.shape[axis]

@@ -97,8 +97,8 @@ def check_new(workdir: pathlib.Path, init: str) -> None:
     )
   if config is not None and not isinstance(config.get('optimizer'), dict):
     raise ValueError(
-      f'{workdir / "config.json"} is not the config of a run, and a run would replace it. Choose '
-      'an empty folder as --workdir. To start from the weights of this folder, add '
+      f'{workdir / "config.json"} is not the config of a run. A new run would overwrite this file. '
+      'Choose an empty folder as --workdir. To start from the weights of this folder, add '
       f'--config.init={workdir}'
     )
   # If the last checkpoint is in damaged/, `set_aside_damaged` has announced that training restarts.

@@ -67,8 +67,8 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. None
-      for the grid in the file. If the file stores no grid (npz), None stands for `grid` if the
-      number of its patches fits the positions, otherwise for a square grid.
+      for the grid in the file. If the file stores no grid (npz), None means `grid` if `grid` has as
+      many patches as the file has patch positions, and otherwise a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,

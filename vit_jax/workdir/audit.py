@@ -43,7 +43,9 @@ MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """Properties by which files are compared. A file and a link to it are equal if `hash` is equal.
+  """Properties by which files are compared.
+
+  A file and a link to it count as the same file only if their names have the same hash.
 
   Attributes:
     hash: hash of the file name, as in `folder.Files`.

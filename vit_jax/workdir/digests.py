@@ -50,7 +50,7 @@ def files_below(folder: pathlib.Path) -> list[str]:
 
 
 def counts(checkpoint: pathlib.Path) -> bool:
-  """Returns whether all files of a checkpoint were written once; later damage does not matter."""
+  """Returns whether a checkpoint was ever complete, even if it was damaged later."""
   if (checkpoint / FILE).exists():
     return True
   try:
