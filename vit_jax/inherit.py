@@ -74,7 +74,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
 
 def check_no_init(config: ConfigDict) -> None:
-  """Raises ValueError, or logs a warning, if no `init` is set and the backbone is not trained."""
+  """Raises ValueError or logs a warning if no `init` is set, but the backbone is kept fixed."""
   keys = [f'{key}={config[key]}' for key in ('adapt', 'classifier', 'freeze') if config[key]]
   if not keys:
     return

@@ -61,10 +61,11 @@ def open_splits(
   """Opens the training, validation and test splits; None instead of a missing validation split.
 
   `seen` lists the files on which the weights were trained. These files are removed from the
-  validation and test splits, with two exceptions for the validation split. If the run compares
-  learning rates (`sweep`), its own files stay. These include all files of the validation split,
-  because the final training uses this split too. If the validation split would become empty, it
-  keeps the files that only `init` or the teacher was trained on (`workdir.open_validation`).
+  validation and test splits. The validation split has two exceptions:
+    * With `sweep`, only the files on which `init` or the teacher was trained are removed. The run
+      itself also trains on the validation split, after it has compared the learning rates.
+    * If no file would remain, only the files on which the run itself trains are removed
+      (`workdir.open_validation`).
 
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole

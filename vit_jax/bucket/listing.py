@@ -40,7 +40,9 @@ _trees: dict[str, Tree] = {}  # {path of a listed folder: tree}
 
 
 class Listed:
-  """A path in a bucket below a listed folder, with the methods of `pathlib.Path` for reading.
+  """A path in a bucket, with the methods of `pathlib.Path` for reading.
+
+  The path is in a folder whose files were listed before. `iterdir` and `is_file` use this list.
 
   Pickling the path drops the list of files. So after unpickling, the path can be used to read a
   file, but not to list a folder.

@@ -221,7 +221,7 @@ def merged(
 
 
 def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[str]:
-  """Returns the path of each row's image, absolute or relative to `top`, as encoded on the disk.
+  """Returns the path of each row's image, absolute or relative to `top`.
 
   In Unicode, a letter such as an umlaut can be encoded in two ways. If the label file and the disk
   encode a letter differently, the result has the encoding of the disk.

@@ -87,7 +87,8 @@ def predict_files(
 
   Yields:
     `{'file': ..., 'predictions': [{'class': ..., 'probability': ...}, ...]}`, with the most likely
-    class first. If an image can have several labels, the list of predictions can be empty.
+    class first. If an image can have several labels and `topk` is None, the list has only the
+    classes that reach their threshold, so it can be empty.
     `{'file': ..., 'error': message}` if the file cannot be read.
 
   Raises:

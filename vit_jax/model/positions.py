@@ -239,7 +239,7 @@ def learned(model: nn.Module, grid: Grid, whole: Grid) -> Array:
       found, wanted = ('x'.join(map(str, grid)) for grid in (whole, own))
     raise ValueError(
       f'The image has {found} patches, but the position embeddings are for {wanted}. Resize the '
-      'image, or load the weights with grid=(h, w), the number of patches down and across.'
+      'image, or load the weights with grid=(h, w) for images of h patches down and w across.'
     )
   init = nn.initializers.normal(stddev=0.02)
   return resize_positions(model.learned('pos_embedding', init, shape), whole, grid, prefix)

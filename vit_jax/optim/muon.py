@@ -52,7 +52,9 @@ def block_matrices(params: dict) -> dict:
 def orthogonalized(
   optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Returns an optimizer that orthogonalizes another optimizer's updates of block kernels.
+  """Returns an optimizer that orthogonalizes the updates of another optimizer.
+
+  Only the updates of kernels in encoder blocks (`block_<n>/`) are changed.
 
   The `update` of the new optimizer has two more arguments: `mesh` and `dtype`, as described in
   `orthogonalize`. The states of both optimizers are the same.

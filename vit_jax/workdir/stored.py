@@ -243,8 +243,8 @@ def _load(workdir: pathlib.Path, wanted: str) -> tuple[int, dict, dict]:
 def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """Returns the checkpoints to try as pairs `(step, reason)`, the preferred one first.
 
-  The reason is a text for the log, e.g. `the last checkpoint`. If `step` is empty, checkpoints
-  without a validation accuracy have an empty reason.
+  The reason is a text for the log, e.g. `the last checkpoint`. It is empty, and nothing is logged,
+  if no step was asked for and the checkpoint has no validation accuracy.
 
   Args:
     workdir: folder of a training run.

@@ -259,8 +259,8 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder. If only the names are the '
-      'same, but the images are different, move the images of each class into a subfolder, such as '
+      'or the content of the files. Choose a different split or folder. If these images are not '
+      'the training images, but have the same names, move those of each class into a subfolder, as '
       '<class>/new/. Their names then differ, because a name is the path below the class folder '
       '(new/1.jpg).'
     )
