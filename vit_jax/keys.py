@@ -206,8 +206,8 @@ DATA = {
   ),
   'data.image_size': Key(
     (32, 32), 'height and width of the model input; None: taken from `init`, else 32, 64, 128 or '
-    '224, depending on the size of the training images; if a patch size is set, the result is '
-    'rounded down to a multiple of it', 'pixels', open=True,
+    '224, depending on the size of the training images, and rounded down to a multiple of the '
+    'patch size if one is set', 'pixels', open=True,
   ),
   'data.mean': Key(
     None, 'mean that is subtracted from the pixels, which are in [0, 1]: one value per channel, '

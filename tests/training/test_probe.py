@@ -394,7 +394,7 @@ def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
   task = types.SimpleNamespace(multi_label=False)
   exp = types.SimpleNamespace(config=small_config(**SWEPT), task=task)
   training = types.SimpleNamespace(val=range(probe.FEW))
-  with pytest.raises(cluster.Preempted, match='The head for learning rate 0.001 is trained'):
+  with pytest.raises(cluster.Preempted, match='after the head for learning rate 0.001'):
     probe.sweep(exp, training, None, tmp_path)
   assert tried == [0.001] and not (tmp_path / 'sweep.json').exists()
 

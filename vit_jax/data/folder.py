@@ -197,7 +197,7 @@ def warnings(
 def unused(
   root: pathlib.Path, tops: Collection[pathlib.Path], unread: Collection[pathlib.Path]
 ) -> Iterator[str]:
-  """Yields warnings about unused folders in `root` and `tops`, and unused images in `unread`."""
+  """Yields warnings about unused folders in `root` and `tops`, and images directly in `unread`."""
   for folder in dict.fromkeys((root, *tops)):
     inside = sorted(folder.iterdir(), key=lambda path: path.name)
     if skipped := [p.name for p in inside if p.is_dir() and useless(p)]:

@@ -81,7 +81,7 @@ def attempt(
   config, start, saved = exp.config, latest_step(workdir), newest_config(workdir)
   with (
     intact(workdir),
-    Preemption() as preemption,  # also active while the other two contexts close
+    Preemption() as preemption,  # also active while records and checkpoints close
     (Writer if is_first() else Silent)(workdir, start or 0) as records,
     Checkpoints(workdir, config.keep_checkpoints, training.cycles) as checkpoints,
   ):

@@ -82,7 +82,7 @@ def choose_attention(
   choice = earlier
   if choice not in ('cudnn', 'plain'):
     # The trial also runs `plain`, which needs more memory than cuDNN. So the shapes of the trial
-    # come from a plan with which `plain` fits into memory.
+    # come from a plan with which `plain` is estimated to fit.
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
