@@ -98,7 +98,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
   # Printed in advance: if another process dies, this one can hang, and then JAX aborts it.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
-  cluster.asked_to_stop()  # so a stop signal before the first step takes effect at a later call
+  # JAX stops all processes at a call that none of them has made yet. This is call 1, so a stop
+  # signal that arrives before the first step stops the processes at call 2 or later.
+  cluster.asked_to_stop()
 
 
 def initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
