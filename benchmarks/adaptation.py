@@ -76,7 +76,9 @@ def run(*flags: str) -> None:
 
 
 def adapt(method: str, init: pathlib.Path, labels: pathlib.Path, count: int, seed: int) -> dict:
-  """Adapts the weights `init` to a dataset, in a workdir next to `labels`, and tests the result.
+  """Adapts the weights `init` to the dataset of the file `labels`, and tests the result.
+
+  The workdir is in the folder of `labels`.
 
   Returns:
     The seed, the seconds of the run, and overall scores from `eval.json`.

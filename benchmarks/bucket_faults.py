@@ -165,7 +165,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
   args = parser.parse_args(argv)
   if not args.kills:
-    parser.error('damages need a finished run, so `kills` must be at least 1')
+    parser.error(
+      'to damage checkpoints, the benchmark needs a finished run: set `kills` to at least 1'
+    )
   return args
 
 

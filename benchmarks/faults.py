@@ -259,7 +259,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
-    parser.error('damages need a finished run of one process, so `alone` must be at least 1')
+    parser.error(
+      'to damage checkpoints, the benchmark needs a finished run of one process: set `alone` to at '
+      'least 1'
+    )
   return args
 
 

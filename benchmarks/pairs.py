@@ -43,7 +43,7 @@ def write_pairs(source: Source, out: pathlib.Path, most: dict[str, int], size: i
 
 
 def pictures(examples: Examples, most: int):
-  """Yields up to `most` pairs: a uint8 picture, and the labels of its images."""
+  """Yields at most `most` pictures, as (uint8 pixels, labels). Each shows up to two images."""
   random = np.random.RandomState(0)
   order = random.permutation(len(examples))
   for i in range(min(most, len(order) // 2)):

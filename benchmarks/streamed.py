@@ -60,7 +60,7 @@ def write_tfds(folder: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def expected(folder: pathlib.Path, size: int) -> Seen:
-  """Decodes every file with Pillow; returns the number of images for each label and hash."""
+  """Decodes every file with Pillow, and counts the images: `{(label, hash of image): number}`."""
   names = sorted(path.name for path in (folder / 'train').iterdir())
 
   def read(path):
@@ -78,7 +78,7 @@ def digest(image_HWC: np.ndarray) -> bytes:
 
 
 def epoch(source: str, data_dir: str, size: int) -> Seen:
-  """Streams one epoch of training; returns the number of images for each label and hash."""
+  """Streams one epoch of training, and counts the images: `{(label, hash of image): number}`."""
   found = sources.open_source(source, data_dir, (size, size))
   arguments = dict(size=(size, size), fit=image_lib.fit_image, threads=stream.best_threads(0))
   examples = stream.open_stream(found, '+'.join(found.sizes), **arguments)

@@ -183,7 +183,7 @@ def check_progressive(config: ConfigDict) -> None:
 
 
 def check_objective(config: ConfigDict, trains: bool) -> None:
-  """Raises ValueError for keys that contradict the key `objective`; `trains` is as in `check`."""
+  """Raises ValueError for keys that contradict `objective`; `check` explains `trains`."""
   name, teacher = config.objective, config.distill.teacher
   if name and (name == 'distilled') != bool(teacher):
     remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'

@@ -112,7 +112,7 @@ class Experiment:
 
   @property
   def patch_sizes(self) -> tuple[tuple[int, int], ...]:
-    """Patch sizes of the training steps, from the longest sequence of tokens to the shortest."""
+    """Patch sizes of the training steps, from the smallest to the largest."""
     return tuple(sorted(map(pair, self.config.patch_sizes))) or (self.model.patch_size,)
 
   def at(

@@ -250,7 +250,7 @@ HOLDS = dict(representation_size=(None,), projection=(None,), resnet=(None,), co
 
 
 def mlp_ratio(model: ViT, factor: int = 1) -> float:
-  """Returns the `mlp_ratio` for which timm's rounded-down width is `factor * model.mlp_dim`."""
+  """Returns the `mlp_ratio` with which timm's MLP gets `factor * model.mlp_dim` hidden units."""
   ratio = factor * model.mlp_dim / model.width
   exact = int(model.width * ratio) == factor * model.mlp_dim
   return ratio if exact else np.nextafter(ratio, np.inf).item()

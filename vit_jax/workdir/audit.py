@@ -246,8 +246,8 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
     log.warning(
       'data.val_split=%r: %s. So the validation accuracy can be too high, and the best checkpoint, '
       'the learning rate of a sweep and the temperature can be wrong. Choose a data.val_split '
-      'without these examples. If no such split exists, first train these weights again, with the '
-      'data.train_split of this run.',
+      'without these examples. If no such split exists, train the weights of init or '
+      'distill.teacher again, with the data.train_split of this run.',
       split,
       why,
     )

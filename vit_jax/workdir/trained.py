@@ -187,10 +187,10 @@ def hash_training_files(
   own = [np.setdiff1d(found_N, shared_N)]
   if len(shared_N):
     log.info(
-      '%d of %d names of training files are also names of held-out files. Files with these names '
+      'Of %d names of training files, %d are also names of held-out files. Files with these names '
       'are compared by their content.',
-      len(shared_N),
       len(found_N),
+      len(shared_N),
     )
     own += [
       content(files, np.flatnonzero(inside[name] & np.isin(files.hash_N, shared_N)))
