@@ -166,7 +166,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if not args.kills:
     parser.error(
-      'to damage checkpoints, the benchmark needs a finished run: set `kills` to at least 1'
+      'the benchmark damages checkpoints of the killed and resumed runs: set `kills` to at least 1'
     )
   return args
 

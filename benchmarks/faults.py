@@ -260,8 +260,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
     parser.error(
-      'to damage checkpoints, the benchmark needs a finished run of one process: set `alone` to at '
-      'least 1'
+      'the benchmark damages checkpoints of the runs of one process, so set `alone` to at least 1'
     )
   return args
 

@@ -10,12 +10,12 @@ DECODING = {'ours': 'decoding in threads', 'ours_workers': 'decoding in processe
 
 
 def tables(names: Iterable[str], results: pathlib.Path, work: pathlib.Path) -> str:
-  """Returns a table of all slices, and the tables of their results.
+  """Returns a table of all slices (measurements of `make gpu`), and the tables of their results.
 
   Args:
     names: slices in order.
     results: folder of the records.
-    work: folder of the workdirs, for training runs that are not finished.
+    work: folder of the workdirs. The results of unfinished training runs are read from it.
   """
   found = {name: writer.read_json(results / f'{name}.json') or {} for name in names}
   done = {name: one['result'] for name, one in found.items() if one.get('state') == 'finished'}
@@ -66,7 +66,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table of both kernels. An error is the largest of output and gradients."""
+  """Returns the table of both kernels, with the largest error of their outputs and gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))

@@ -70,7 +70,7 @@ def collectives(text: str) -> list[dict]:
 
 
 def modelled_seconds(text: str, target: str) -> float | None:
-  """Returns the time of a step that the compiler estimates for a v5e; None for other devices.
+  """Returns the compiler's estimate of the time of a step on a v5e; None for other devices.
 
   The time is the sum of the estimated cycles of all operations, divided by the clock rate. It was
   not compared with a real TPU.

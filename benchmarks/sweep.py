@@ -68,8 +68,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_runs(args: argparse.Namespace) -> None:
   """Raises ValueError or OSError for problems that would stop a run at its start."""
-  if args.pflops is not None and (args.pflops <= 0 or 'epochs' in args.overrides):
-    raise ValueError(f'--pflops={args.pflops:g}: expected more than 0, and no --config.epochs')
+  if args.pflops is not None and args.pflops <= 0:
+    raise ValueError(f'--pflops={args.pflops:g}: expected a number above 0')
+  if args.pflops is not None and 'epochs' in args.overrides:
+    raise ValueError('--pflops sets the number of epochs, so remove --config.epochs')
   if args.seeds < 1:
     raise ValueError(f'--seeds={args.seeds}: expected 1 or more')
   if any('seed' in settings for settings in (args.overrides, *args.grid)):

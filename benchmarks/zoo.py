@@ -132,7 +132,7 @@ DINOV3 = {  # config fields by the name on the Hub, without the name of the trai
 
 
 def parameters(model: ViT, pixels: int = PIXELS) -> int:
-  """Counts a model's parameters from its first two blocks, because all blocks are alike."""
+  """Counts a model's parameters. All blocks have equally many, so only two blocks are built."""
   size = [pixels // p * p for p in model.patch_size]
   count = lambda depth: sum(
     int(jnp.prod(jnp.array(shape)))

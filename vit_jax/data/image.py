@@ -50,7 +50,7 @@ def has_image_name(name: str) -> bool:
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields names of images. Counts other visible files in `passed_over`, {extension: number}."""
+  """Yields names of images. Adds other visible files to the counts {extension: number}."""
   for name in names:
     if has_image_name(name):
       yield name

@@ -31,9 +31,9 @@ def resolve(
   Args:
     spec: the split in TFDS notation.
     sizes: number of examples in each whole split.
-    positions: {split: increasing hash positions of its files, float `[N]` in [0, 1)}, for splits
-      that consist of files. In such a split, a percentage is a range of hash positions. In other
-      splits, a percentage is a fraction of the number of examples.
+    positions: for each split that consists of files, the positions of its files in increasing
+      order: float `[N]` in [0, 1), computed from a hash of the name. In such a split, a percentage
+      is a range of positions. In other splits, it is a fraction of the number of examples.
 
   Raises:
     ValueError: invalid notation, an unknown split name, no examples, or repeated examples.

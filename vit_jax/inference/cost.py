@@ -202,7 +202,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Returns a sort key that orders modules as in the model, and then by name."""
+  """Returns a sort key: the order of the modules in the model, then their names."""
   order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *objective_params(), OTHER)
   return order.index(name.partition('/')[0]), name
 

@@ -128,7 +128,7 @@ class TextClasses:
     )
 
   def attach(self, model: ViT, params: dict, image_shape: tuple[int, int, int]) -> tuple[ViT, dict]:
-    """Adds a head for these classes to a model, and returns the new model and parameters.
+    """Adds a head with these text embeddings to a model; returns the new model and parameters.
 
     Args:
       model: a model without a head.

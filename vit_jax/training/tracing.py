@@ -190,9 +190,9 @@ def is_program(value: object) -> bool:
 
 
 def residuals(jaxpr, of_batch: list) -> Iterator[tuple[str, int]]:
-  """Yields `(name stack, bytes)` for each output of a traced function that depends on the batch.
+  """Yields `(name stack, bytes)` for the outputs of a traced function that depend on the batch.
 
-  The name stack names the modules that computed the output. If two outputs are the same array in
+  The name stack lists the modules that computed an output. If two outputs are the same array in
   different shapes, only one is yielded. `of_batch` lists the inputs that come from the batch.
   """
   made, source, seen = {}, {}, set()

@@ -128,7 +128,7 @@ class Kind:
 
 
 def complete(config: dict, kind: Kind, origin: str) -> dict:
-  """Returns the config of a model's body, with the kind's defaults for missing fields.
+  """Returns the config of a model without its head, with defaults for missing fields.
 
   Args:
     config: content of `config.json`.

@@ -67,7 +67,7 @@ def packed_mlp() -> list[tuple]:
 
 
 def dinov2(mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of DINOv2's body; `mlp` has the rows of its MLP."""
+  """Returns DINOv2's table of names, without a head; `mlp` has the rows for the MLP."""
   return [
     *body(('norm1', 'norm2'), mlp),
     ('block_{i}/attention_scale', 'encoder.layer.{i}.layer_scale1.lambda1', SAME),

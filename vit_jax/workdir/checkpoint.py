@@ -212,8 +212,8 @@ def all_finite(params: dict) -> jax.Array:
   """Returns a bool array that tells for each leaf of `params` whether all numbers are finite.
 
   The result is one array, so that the host can read all entries with one copy. The function tests
-  only the largest magnitude of each leaf: it is not finite if any number in the leaf is not. On a
-  CPU, this is faster than `jnp.isfinite(x).all()`.
+  only the largest magnitude of each leaf. If a number is NaN or infinite, so is the largest
+  magnitude. On a CPU, this is faster than `jnp.isfinite(x).all()`.
   """
   return jnp.stack([jnp.isfinite(jnp.abs(x).max()) for x in jax.tree.leaves(params)])
 
