@@ -48,6 +48,7 @@ def test_a_sweep_is_checked_before_its_first_run(monkeypatch, tmp_path, capsys):
     ('grid', '{"ema": [0, 2]}', 'ema must be'),
     ('grid', '{"seed": [0, 1]}', '--seeds=<n>'),
     ('seeds', '0', '--seeds=0'),
+    ('pflops', '0', 'expected a number above 0'),
     ('out', tmp_path / 'file' / 'x', 'is a file'),
     ('config.epochs', '-1', 'epochs must be'),
   ):
@@ -92,6 +93,13 @@ def test_a_sweep_without_labels_is_refused(capsys):
   with pytest.raises(SystemExit):
     sweep.parse(['--config=configs/mae.py:tiny,cifar10', '--grid={"ema": [0]}', '--out=o'])
   assert 'objective=masked has no accuracy' in capsys.readouterr().err
+
+
+def test_a_sweep_with_pflops_sets_the_epochs_itself(capsys):
+  flags = ['--config=configs/digits.py', '--grid={"ema": [0]}', '--out=o', '--pflops=1']
+  with pytest.raises(SystemExit):
+    sweep.parse([*flags, '--config.epochs=2'])
+  assert 'remove --config.epochs' in capsys.readouterr().err
 
 
 def test_a_sweep_does_not_use_the_test_images_by_default():

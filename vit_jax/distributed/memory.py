@@ -57,9 +57,8 @@ def first_fit(
   A plan is any value that changes how much memory the program needs, such as a number of
   micro-batches. The memory for a plan is first estimated, from `need` and `factor`. Plans whose
   estimate exceeds `budget` are skipped. If all are skipped, the last plan is compiled. If a
-  compiled program does not fit, `factor` is raised until the estimate is at least the measured
-  memory. If the compiler itself ran out of memory, nothing is measured. The measured memory is then
-  assumed to be twice the budget.
+  compiled program does not fit, `factor` is raised so that the estimate is at least the measured
+  memory. If the compiler itself ran out of memory, the program is assumed to need twice the budget.
   At most `COMPILATIONS` plans are compiled.
 
   Args:

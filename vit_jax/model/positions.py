@@ -31,8 +31,8 @@ class Position:
   parameter.
 
   Attributes:
-    table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to tokens. P of the tokens
-      before the patches have positions. Their rows come first. None adds nothing.
+    table: `(model, grid, whole) -> [1, P + h w, D]`, an array to add to tokens: rows for the first
+      P tokens, which come before the patches, then rows for the patches. None adds nothing.
     angles: `(model, grid, whole) -> cosine, sine`, both `[N, E/2]`. These arrays rotate queries and
       keys, whose heads have the size E. None for no rotation.
     params: names of the top-level parameters that the embedding adds. Each name maps to a function
