@@ -1,13 +1,14 @@
-"""Tests matrix products with stored transposed operands, and the random masks of dropout."""
+"""Tests matrix products with stored transposed operands, LayerNorm, and the masks of dropout."""
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vit_jax.distributed import Target, compiled_for
-from vit_jax.model import products
-from vit_jax.model.layers import Dense, keep_mask
+from vit_jax.model import layers, products
+from vit_jax.model.layers import Dense, LayerNorm, keep_mask
 
 
 @pytest.mark.slow_after_first
@@ -70,3 +71,37 @@ def test_the_two_values_of_a_random_number_are_independent():
   halves = keep[:, :200], keep[:, 200:]
   same = (halves[0] == halves[1]).mean()
   assert abs(same - 0.5) < 4 * 0.5 / halves[0].size ** 0.5
+
+
+@pytest.mark.parametrize('axes, dtype', [(1, 'float32'), (2, 'float32'), (1, 'bfloat16')])
+def test_layer_norm_and_its_gradient_equal_those_of_float64(axes, dtype):
+  random = np.random.default_rng(0)
+  shape = (3, 7, 4, 10)
+  x = jnp.asarray(random.normal(20, 3, size=shape), dtype)  # a mean far from 0
+  dy = jnp.asarray(random.normal(size=shape), dtype)
+  feature_axes = tuple(range(-axes, 0)) if axes > 1 else -1
+  fields = dict(epsilon=0.1, reduction_axes=feature_axes, feature_axes=feature_axes)
+  params = {k: jnp.asarray(random.normal(size=shape[-axes:])) for k in ('scale', 'bias')}
+
+  def results(layer, params, x, dy):
+    y, gradient = jax.vjp(lambda *args: layer.apply({'params': args[0]}, args[1]), params, x)
+    return jax.tree.leaves((y, gradient(dy)))
+
+  got = results(LayerNorm(**fields, dtype=dtype), params, x, dy)
+  with jax.enable_x64(True):
+    doubles = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (params, x, dy))
+    exact = results(nn.LayerNorm(**fields, dtype='float64'), *doubles)
+  precision = 2e-6 if dtype == 'float32' else 2**-7
+  assert got[0].dtype == dtype and len(got) == len(exact) == 4
+  for array, reference in zip(got, exact):
+    atol = precision * np.abs(reference).max()
+    np.testing.assert_allclose(np.asarray(array, np.float64), reference, atol=atol)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', ''])
+def test_only_cpus_use_their_own_layer_norm(monkeypatch, platform):
+  called = []
+  monkeypatch.setattr(layers, 'layer_norm', lambda x, *rest: called.append(1) or x)
+  with compiled_for(Target(platform)):
+    LayerNorm(dtype='float32').init(jax.random.key(0), jnp.ones((2, 3)))
+  assert bool(called) == (platform == 'cpu')

@@ -19,8 +19,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.distributed import target
 from vit_jax.model import attention, positions
-from vit_jax.model.products import matmul
+from vit_jax.model.products import layer_norm, matmul
 
 # The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, the first CLIP models use
 # `quick_gelu`, and gated MLPs mostly use `silu`.
@@ -99,6 +100,21 @@ class Dense(nn.Module):
     return self.param('kernel', init_kernel, (*inputs, *self.features))
 
 
+class LayerNorm(nn.LayerNorm):
+  """Flax's LayerNorm over the last axes of x, which is faster on CPUs (see `layer_norm`)."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    if target().platform != 'cpu':
+      return super().__call__(x)
+    axes = 1 if self.reduction_axes == -1 else len(self.reduction_axes)
+    shape = x.shape[-axes:]
+    scale = self.param('scale', self.scale_init, shape).reshape(-1)
+    bias = self.param('bias', self.bias_init, shape).reshape(-1)
+    y = layer_norm(x.reshape(-1, math.prod(shape)), scale, bias, self.epsilon)
+    return y.reshape(x.shape).astype(self.dtype)
+
+
 class Dropout(nn.Module):
   """Dropout whose mask is drawn separately for each example.
 
@@ -160,7 +176,7 @@ class Attention(nn.Module):
     block = self.block
     heads = block.num_heads, block.head_dim
     project = functools.partial(Dense, heads, dtype=block.dtype)
-    norm = functools.partial(nn.LayerNorm, block.norm_epsilon, dtype=block.dtype)
+    norm = functools.partial(LayerNorm, block.norm_epsilon, dtype=block.dtype)
     bias = block.qkv_bias
     key_bias = bias if block.key_bias is None else block.key_bias
     query_BNKE = project(name='query', use_bias=bias)(x_BND if query_BND is None else query_BND)
@@ -208,7 +224,7 @@ def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
   """Returns `gated_units` after a LayerNorm, `[B, N, M]` (Fang et al. 2023, 2303.11331, 2.1)."""
-  norm = nn.LayerNorm(block.norm_epsilon, dtype=block.dtype, name='hidden_norm')
+  norm = LayerNorm(block.norm_epsilon, dtype=block.dtype, name='hidden_norm')
   return norm(gated_units(block, dense, x_BND))
 
 
