@@ -167,7 +167,8 @@ def mixed_values(weights_BKQN: jax.Array, value_BNKE: jax.Array) -> jax.Array:
 
 
 # Without differentiation, `with_gradient` runs `plain`, which is faster because it saves nothing
-# for a backward pass. A custom gradient supports reverse mode only, so `jax.jvp` needs `plain`.
+# for a backward pass. A custom gradient supports reverse mode only. For `jax.jvp`, trace the model
+# in the context manager `portable`.
 with_gradient = jax.custom_vjp(plain, nondiff_argnums=(4,))
 
 

@@ -101,7 +101,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-  """Flax's LayerNorm over the last axes of x, which is faster on CPUs (see `layer_norm`)."""
+  """Flax's LayerNorm over the last axes of x; on CPUs, `layer_norm` computes it in less time."""
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
