@@ -308,7 +308,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   if args.config and not (args.lower or args.target):
     parser.error('--config needs --lower=cuda, --lower=tpu or --target')
   if args.target and args.target.split(':')[0] not in GIB:
-    parser.error(f'--target={args.target}: expected h200, or a topology of {", ".join(GIB)}')
+    tpus = ', '.join(sorted(GIB.keys() - {'h200'}))
+    parser.error(f'--target={args.target}: expected h200, or chips of {tpus}, such as v5e:2x2')
   return args
 
 

@@ -260,7 +260,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
     parser.error(
-      'the benchmark damages checkpoints of the runs of one process, so set `alone` to at least 1'
+      'the damaged checkpoints come from runs with one process, so set `alone` to at least 1'
     )
   return args
 

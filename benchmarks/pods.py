@@ -198,9 +198,10 @@ def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, 
 
 
 def choose(model: Model, chip: Chip, count: int) -> tuple[AbstractMesh, Plan, Plan]:
-  """Returns the mesh with the smallest `fsdp` that fits, its fastest plan, and a run's own plan.
+  """Returns the mesh with the smallest `fsdp` that fits, and two plans for a run on this mesh.
 
-  Both plans fit. A run's own plan is the first one of `possible_plans` that fits.
+  Both plans fit. The first is the fastest. The second is the one that a run would choose: the
+  first one of `possible_plans` that fits.
 
   Raises:
     ValueError: the model does not fit.

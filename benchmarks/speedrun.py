@@ -141,7 +141,7 @@ def attempt(args: argparse.Namespace, workdirs: list[pathlib.Path]) -> dict:
 
 
 def public(overrides: dict[str, str]) -> dict[str, str]:
-  """Returns the overrides without folders of this machine."""
+  """Returns the overrides without paths: `data.dir` is removed, and sources keep only a name."""
   kept = {k: v for k, v in overrides.items() if k != 'data.dir' and k not in FIXED}
   source = kept.get('data.source', '')
   kind, _, path = source.partition(':')

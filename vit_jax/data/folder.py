@@ -163,7 +163,7 @@ def check_classes(
   if absent := without(class_names, files['train']):
     raise ValueError(
       f'{root}: all images of class {abridged(absent)} are held out for testing. Hashes of file '
-      f'names choose {HELD_OUT:.0%} of all files on average, and can choose a whole small class. '
+      f'names select {HELD_OUT:.0%} of all files on average, but in a small class sometimes all. '
       'Add images, or divide them into train/ and test/.'
     )
   if not len(files['test']):

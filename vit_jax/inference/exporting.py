@@ -288,12 +288,12 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
   if 'pos_embedding' not in params:
     raise ValueError(
       f'model.position={model.position!r} does not determine the image size. '
-      'Pass the argument preprocessing, which contains the image size.'
+      'Pass preprocessing=..., which contains the image size.'
     )
   grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError(
-      'The position embeddings do not form a square grid. Pass the argument preprocessing, '
-      'which contains the image size.'
+      'The position embeddings do not form a square grid. '
+      'Pass preprocessing=..., which contains the image size.'
     )
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

@@ -186,7 +186,7 @@ def adapted(params: dict, key: jax.Array, adapt: str, settings: Settings) -> dic
 
 
 def merged(params: dict, settings: Settings) -> dict:
-  """Returns the parameters of the model alone, with every adapter in `params` merged in."""
+  """Merges all adapters in `params` into the kernels, and returns parameters without adapters."""
   for name in own_entries(params):
     own = {other: leaves for other, leaves in params.items() if other != name}
     params = ADAPTERS[name].merge(own, params[name], **settings.get(name, {}))

@@ -152,7 +152,7 @@ def plain(
 def padded(
   query_BQKE: jax.Array, key_BNKE: jax.Array, value_BNKE: jax.Array, length_B: jax.Array
 ) -> jax.Array:
-  """Returns the values averaged by the attention weights, `[B, Q, K, E]`, for padded sequences.
+  """Returns the output of attention, `[B, Q, K, E]` with K heads, for padded sequences.
 
   `length_B` is the number of keys of each example. All later keys are padding, and their weight is
   0.

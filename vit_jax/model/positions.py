@@ -51,7 +51,7 @@ class Position:
 
 
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the row and the column of each patch of `grid`, `[h, w]` each, on the scale of `whole`.
+  """Returns two arrays `[h, w]`: the row and the column of each patch of `grid`.
 
   Both grids cover the same image. Row and column give the centre of a patch. The unit is a patch of
   `whole`, and the origin is the centre of the first patch of `whole`. If the grids are equal, rows

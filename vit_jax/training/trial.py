@@ -100,8 +100,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
       of size E. The kernels are timed at the last shape, which is for full image size and the
       longest sequence.
     dtype: type of the computation.
-    deterministic: whether the choice must not depend on measured times, which vary. If True, the
-      kernels are not timed, and `cudnn` is chosen if it is correct.
+    deterministic: if True, the kernels are not timed, because times vary, and `cudnn` is chosen if
+      it is correct.
   """
   for shape in shapes:
     if wrong := first_difference(shape, dtype):

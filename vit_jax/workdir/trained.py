@@ -260,9 +260,9 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
     raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
       'or the content of the files. Choose a different split or folder. If these images are not '
-      'the training images, but have the same names, move those of each class into a subfolder, as '
-      '<class>/new/. Their names then differ, because a name is the path below the class folder '
-      '(new/1.jpg).'
+      'the training images, but have the same names, move the images of each class into a '
+      'subfolder, such as <class>/new/. Their names then differ, because a name is the path below '
+      'the class folder (new/1.jpg).'
     )
   if number:
     log.warning(
