@@ -107,10 +107,11 @@ def test_the_pytorch_model_computes_the_same_function(work):
 
 
 def product_flops(jaxpr):
-  """Returns the FLOPs of all matrix products in a program, including nested ones."""
+  """Returns the FLOPs of all matrix products in a program; products with a vector are sums."""
   total = 0
   for equation in jaxpr.eqns:
-    if equation.primitive.name == 'dot_general':
+    ranks = [value.aval.ndim for value in equation.invars]
+    if equation.primitive.name == 'dot_general' and min(ranks) > 1:
       (contracted, _), _ = equation.params['dimension_numbers']
       inputs = equation.invars[0].aval.shape
       depth = math.prod(inputs[axis] for axis in contracted)
