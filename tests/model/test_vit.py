@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import DATA, init_params, run_model
 from vit_jax.model import pooling, positions, resnet, variants
 from vit_jax.model.encoder import Encoder, block_tokens
-from vit_jax.model.layers import Attention, Block, Dropout, matmul
+from vit_jax.model.layers import Attention, Block, CpuLayerNorm, Dropout, matmul
 
 # Parameter names in the paper's files, as patterns for both of their spellings, and our names.
 PAPER_NAMES = (
@@ -213,7 +213,7 @@ def test_every_norm_uses_the_epsilon_of_the_model(norm_after_pool):
   found = {}
 
   def note(call, args, kwargs, context):
-    if isinstance(context.module, nn.LayerNorm):
+    if isinstance(context.module, CpuLayerNorm):
       found['/'.join(context.module.path)] = context.module.epsilon
     return call(*args, **kwargs)
 

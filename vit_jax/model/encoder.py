@@ -6,7 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model.layers import Attention, Block, Dropout, LayerNorm, Mlp
+from vit_jax.model.layers import Attention, Block, Dropout, Mlp, norm_layer
 
 # Maps each value of `model.remat` to a policy of `jax.checkpoint`. The policy decides which values
 # the forward pass saves. The backward pass computes all other values again. None: saves all values.
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
       block = dataclasses.replace(self.block, stochastic_depth=rate)
       x_BND = block_class(block, name=f'block_{i}')(x_BND, example_B, rope_NE, length_B)
     if self.final_norm:
-      x_BND = LayerNorm(self.block.norm_epsilon, dtype=self.block.dtype, name='norm')(x_BND)
+      x_BND = norm_layer(self.block.norm_epsilon, self.block.dtype, 'norm')(x_BND)
     return x_BND
 
 
@@ -81,11 +81,11 @@ class EncoderBlock(nn.Module):
   ) -> jax.Array:
     """Returns the tokens after this block, `[B, N, D]`; arguments as in `Encoder.__call__`."""
     epsilon, dtype = self.block.norm_epsilon, self.block.dtype
-    y_BND = LayerNorm(epsilon, dtype=dtype, name='attention_norm')(x_BND)
+    y_BND = norm_layer(epsilon, dtype, 'attention_norm')(x_BND)
     y_BND = Attention(self.block, name='attention')(y_BND, example_B, rope_NE, length_B)
     x_BND = x_BND + self.residual(y_BND, example_B, 'attention_scale')
 
-    y_BND = LayerNorm(epsilon, dtype=dtype, name='mlp_norm')(x_BND)
+    y_BND = norm_layer(epsilon, dtype, 'mlp_norm')(x_BND)
     y_BND = Mlp(self.block, name='mlp')(y_BND, example_B)
     return x_BND + self.residual(y_BND, example_B, 'mlp_scale')
 

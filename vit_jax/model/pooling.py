@@ -12,7 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.model.layers import Attention, Block, LayerNorm, Mlp
+from vit_jax.model.layers import Attention, Block, Mlp, norm_layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MapHead(nn.Module):
     query_11D = self.param('query', nn.initializers.xavier_uniform(), (1, 1, width))
     query_B1D = jnp.broadcast_to(query_11D.astype(x_BND.dtype), (batch, 1, width))
     x_B1D = Attention(block, name='attention')(x_BND, query_BND=query_B1D, length_B=length_B)
-    y_B1D = LayerNorm(block.norm_epsilon, dtype=block.dtype, name='mlp_norm')(x_B1D)
+    y_B1D = norm_layer(block.norm_epsilon, block.dtype, 'mlp_norm')(x_B1D)
     return (x_B1D + Mlp(block, name='mlp')(y_B1D))[:, 0]
 
 

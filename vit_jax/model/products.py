@@ -81,7 +81,9 @@ def layer_norm(x_NI: jax.Array, scale_I: jax.Array, bias_I: jax.Array, epsilon: 
   """Returns each row of `x_NI` with mean 0 and variance 1, times the scale, plus the bias.
 
   This is LayerNorm (Ba et al. 2016, 1607.06450, equation 4) for CPUs. All values are computed in
-  float32, which is also the type of the result. `epsilon` is added to the variance.
+  float32, which is also the type of the result. `epsilon` is added to the variance. Scale
+  and bias must have the same type. The gradient supports reverse mode only, like that of
+  `attention.with_gradient`.
   """
   return layer_norm_forward(x_NI, scale_I, bias_I, epsilon)[0]
 
@@ -104,7 +106,8 @@ def layer_norm_backward(epsilon, saved, dy_NI):
   z_NI = (x_NI - mean_N1) * inverse_N1
   dz_NI = dy_NI * scale_I
   dx_NI = inverse_N1 * (dz_NI - row_means(dz_NI) - z_NI * row_means(z_NI * dz_NI))
-  return dx_NI.astype(x_NI.dtype), column_sums(z_NI * dy_NI), column_sums(dy_NI)
+  dscale_I, dbias_I = column_sums(z_NI * dy_NI), column_sums(dy_NI)
+  return dx_NI.astype(x_NI.dtype), dscale_I.astype(scale_I.dtype), dbias_I.astype(scale_I.dtype)
 
 
 layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
@@ -113,9 +116,9 @@ layer_norm.defvjp(layer_norm_forward, layer_norm_backward)
 def row_means(x_NI: jax.Array) -> jax.Array:
   """Returns the mean of each row, float32 `[N, 1]`."""
   inputs = x_NI.shape[1]
-  return (x_NI.astype(jnp.float32) @ jnp.full(inputs, 1 / inputs))[:, None]
+  return (x_NI.astype(jnp.float32) @ jnp.full(inputs, 1 / inputs, jnp.float32))[:, None]
 
 
 def column_sums(x_NI: jax.Array) -> jax.Array:
   """Returns the sum of each column, float32 `[I]`."""
-  return jnp.ones(len(x_NI)) @ x_NI.astype(jnp.float32)
+  return jnp.ones(x_NI.shape[0], jnp.float32) @ x_NI.astype(jnp.float32)

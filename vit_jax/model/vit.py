@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from vit_jax.model import resnet
 from vit_jax.model.encoder import Encoder, kept
 from vit_jax.model.heads import KnnHead, unit
-from vit_jax.model.layers import Block, Dense, Dropout, LayerNorm
+from vit_jax.model.layers import Block, Dense, Dropout, norm_layer
 from vit_jax.model.patching import Padded, PatchEmbedding, check_divides, check_padded, cut
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
@@ -194,14 +194,14 @@ class ViT(nn.Module):
     if seen_BS is not None:
       x_BND, rope_NE = kept(x_BND, rope_NE, seen_BS, self.num_prefix)
     if self.pre_norm:
-      x_BND = LayerNorm(self.norm_epsilon, dtype=self.dtype, name='pre_norm')(x_BND)
+      x_BND = norm_layer(self.norm_epsilon, self.dtype, 'pre_norm')(x_BND)
     x_BND = Dropout(self.dropout)(x_BND, example_B)
 
     encoder = Encoder(self.block, self.depth, not self.norm_after_pool, self.remat)
     nn.share_scope(self, encoder)  # puts the encoder's parameters at the top level
     x = POOLS[self.pool].function(self, encoder(x_BND, example_B, rope_NE, length_B), *of_pool)
     if self.norm_after_pool:
-      x = LayerNorm(self.norm_epsilon, dtype=self.dtype, name='norm')(x)
+      x = norm_layer(self.norm_epsilon, self.dtype, 'norm')(x)
     if self.representation_size is not None:
       x = jnp.tanh(Dense((self.representation_size,), dtype=self.dtype, name='pre_logits')(x))
     if self.projection is not None:
