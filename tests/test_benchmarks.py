@@ -107,7 +107,7 @@ def test_the_pytorch_model_computes_the_same_function(work):
 
 
 def product_flops(jaxpr):
-  """Returns the FLOPs of all matrix products in a program; products with a vector are sums."""
+  """Returns the FLOPs of all matrix products, also nested ones; not of products with vectors."""
   total = 0
   for equation in jaxpr.eqns:
     ranks = [value.aval.ndim for value in equation.invars]

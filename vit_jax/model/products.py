@@ -81,8 +81,8 @@ def layer_norm(x_NI: jax.Array, scale_I: jax.Array, bias_I: jax.Array, epsilon: 
   """Returns each row of `x_NI` with mean 0 and variance 1, times the scale, plus the bias.
 
   This is LayerNorm (Ba et al. 2016, 1607.06450, equation 4) for CPUs. All values are computed in
-  float32, which is also the type of the result. `epsilon` is added to the variance. Scale
-  and bias must have the same type. The gradient supports reverse mode only, like that of
+  float32, which is also the type of the result. `epsilon` is added to the variance. Scale and bias
+  must have the same type. The gradient supports reverse mode only, like that of
   `attention.with_gradient`.
   """
   return layer_norm_forward(x_NI, scale_I, bias_I, epsilon)[0]
