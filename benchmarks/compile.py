@@ -211,7 +211,7 @@ def flops(compiled: jax.stages.Compiled) -> float:
 
 
 def compile_row(row: Row) -> dict:
-  """Compiles a row, and returns its kernels, collectives, memory and FLOPs on each device."""
+  """Compiles the step of a row; returns its kernels, collectives, memory and FLOPs on a device."""
   config = load(row.config, row.batch)
   exp, training = build(config)
   mesh = arrange(config, describe(row.target, row.devices))
@@ -309,7 +309,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.error('--config needs --lower=cuda, --lower=tpu or --target')
   if args.target and args.target.split(':')[0] not in GIB:
     tpus = ', '.join(sorted(GIB.keys() - {'h200'}))
-    parser.error(f'--target={args.target}: expected h200, or chips of {tpus}, such as v5e:2x2')
+    parser.error(
+      f'--target={args.target}: expected h200, or a TPU and its topology, such as '
+      f'v5e:2x2. TPUs: {tpus}.'
+    )
   return args
 
 

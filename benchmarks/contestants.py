@@ -137,7 +137,7 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
 
 
 def plain_linen(work: works.Work, size: dict) -> Program:
-  """Returns the program of a model built from flax's own layers, in one jitted step."""
+  """Returns a jitted step of a model that is built from flax's own layers."""
   import jax
   import optax
 
@@ -236,7 +236,7 @@ def torch_twin(work: works.Work, size: dict, compiled: bool) -> Program:
 
 
 def huggingface(work: works.Work, size: dict, compiled: bool) -> Program:
-  """Returns the program of `ViTForImageClassification` with PyTorch's fused attention."""
+  """Returns a step of `ViTForImageClassification` with PyTorch's fused attention."""
   import torch
   import transformers
 

@@ -209,7 +209,7 @@ def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, b
 
 
 def judge(workdir: pathlib.Path, finished: pathlib.Path, how: str) -> dict:
-  """Loads a damaged copy of a finished run; checks which checkpoint is loaded, and its arrays."""
+  """Loads a damaged copy of a finished run; checks that the right arrays are loaded."""
   newest = stored.latest_step(finished)
   loaded, params, _ = stored.load_checkpoint(workdir)  # as `predict` does
   stored.set_aside_damaged(workdir)  # as training does
@@ -238,7 +238,7 @@ def damage(folder: pathlib.Path, finished: pathlib.Path, number: int) -> dict:
 
 
 def counted(found: list[dict]) -> dict:
-  """Returns the numbers of damaged checkpoints for the results file."""
+  """Counts the tested checkpoints: all, those treated correctly, and each kind of damage."""
   return {
     'damages': len(found),
     'good': sum(one['good'] for one in found),

@@ -76,7 +76,8 @@ def attention(folder: pathlib.Path, toy: bool) -> dict:
 def compare(fused, shape: tuple[int, int, int, int], inputs: str) -> dict:
   """Returns the errors and the milliseconds of a fused kernel and of `plain`, for one shape.
 
-  `error` is the largest of the errors of the fused kernel (see `trial.errors`), or NaN.
+  `error` is the largest of the errors of the fused kernel (see `trial.errors`). It is NaN if one of
+  them is NaN.
   """
   given = trial.draw(shape, jnp.bfloat16, *trial.INPUTS[inputs])
   wanted = trial.reference(given)

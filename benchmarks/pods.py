@@ -84,7 +84,7 @@ class Model:
 
 
 def mesh_of(data: int, fsdp: int) -> AbstractMesh:
-  """Returns a mesh without devices."""
+  """Returns an abstract mesh, which has axes and their sizes, but no devices."""
   return AbstractMesh((data, fsdp, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

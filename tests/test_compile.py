@@ -63,7 +63,7 @@ def test_lower_prints_a_line_of_json(capsys):
     (['--lower=cuda'], 'need --config'),
     (['--config=configs/cifar10.py:b16'], '--config needs --lower=cuda'),
     (['--lower=cuda', '--target=h200', '--config=x'], '--lower runs without a compiler'),
-    (['--target=h300', '--config=x'], 'expected h200, or chips of v5e, v5p, v6e, such as v5e:2x2'),
+    (['--target=h300', '--config=x'], 'or a TPU and its topology, such as v5e:2x2.'),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_together_are_refused(flags, message, capsys):
   with pytest.raises(SystemExit, match='2'):

@@ -273,7 +273,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
 
 
 def assemble_for(config: ConfigDict, source: Source) -> Experiment:
-  """Builds the experiment for a dataset; the host resizes images to the model's input size."""
+  """Builds the experiment for a dataset whose images the host resizes to the model's input size."""
   size = pair(config.data.image_size)
   task = Task(source.class_names, size, source.channels, multi_label=source.multi_label)
   return assemble(config, task)

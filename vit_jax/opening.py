@@ -166,7 +166,7 @@ def from_init(
   classes: str = 'weights',
   zero_shot: pathlib.Path | None = None,
 ) -> tuple[Experiment, dict]:
-  """Builds the experiment of unchanged published weights, with their preprocessing.
+  """Builds an experiment from published weights, without a run, with their preprocessing.
 
   Args:
     init: anything that `pretrained.load` reads.

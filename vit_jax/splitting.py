@@ -196,8 +196,8 @@ def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> E
   """Adds the classes of the config's dataset to the experiment of a run without labels.
 
   Raises:
-    ValueError: `classes` is not 'data'; only 'data' asks for the classes of the dataset. Or the
-      dataset has no labels.
+    ValueError: the flag `--classes` is not 'data', so the user did not choose the classes of the
+      dataset. Or the dataset has no labels.
   """
   data = exp.config.data
   if classes != 'data':

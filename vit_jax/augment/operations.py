@@ -202,8 +202,8 @@ def fixed(number: jax.Array) -> jax.Array:
 def between(start: jax.Array, end: jax.Array, factor: jax.Array) -> jax.Array:
   """Interpolates or extrapolates linearly between two integer arrays, rounding down.
 
-  `factor` is a fixed-point number from `fixed`. A factor that stands for 0 gives `start`, and a
-  factor that stands for 1 gives `end`.
+  `factor` is a fixed-point number, as returned by the function `fixed`. A factor that stands for 0
+  gives `start`, and a factor that stands for 1 gives `end`.
   """
   return start + (factor * (end - start) >> BITS)
 

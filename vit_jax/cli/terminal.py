@@ -74,7 +74,7 @@ def hush_event_loops() -> None:
 
 
 class Output(io.TextIOWrapper):
-  """Text stream for standard output; the message of a failed write gives a remedy."""
+  """Text stream for standard output. If it cannot write, the error says what to do."""
 
   def write(self, text):
     with self.named():

@@ -36,8 +36,8 @@ def open_labels(file: pathlib.Path, top: pathlib.Path) -> Folder:
   """Reads the classes and the images of each split from a label file.
 
   The first name of `TEST_NAMES` that occurs in the column `split` becomes the split `test`. If no
-  such name occurs, or the label file has no column `split`, the images whose `splits.position` is
-  below `HELD_OUT` become the split `test`.
+  such name occurs, or the label file has no column `split`, a hash of the files selects the split
+  `test`: the images whose `splits.position`, a number from 0 to 1, is below `HELD_OUT`.
 
   Args:
     file: the label file, `.csv` or `.jsonl`, with the columns `path`, `label` and optionally

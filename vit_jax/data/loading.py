@@ -51,18 +51,19 @@ def decide_cache(
 
   The result is `reading.cache`, if this is not `auto`. For `auto`, the result is `memory` if two
   conditions hold. First, the splits need at most half of the available memory. Second, training
-  batches from memory are the same as streamed batches (`differs` checks this). The outcome of a run
-  then does not depend on the memory of its machine. For evaluation, only the first condition
-  counts, because evaluation batches from memory have the same pixels as streamed batches.
+  batches from memory are the same as streamed batches (`differs` checks this). Because of the
+  second condition, a run has the same outcome on machines with more or less memory. For evaluation,
+  only the first condition counts, because evaluation batches from memory have the same pixels as
+  streamed batches.
 
   Args:
     reading: settings for reading the splits.
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function that is called without arguments. It returns
-      the (height, width) at which images are kept in memory, if the device enlarges them later. It
-      returns None if they are kept at `size`.
+    kept: None for evaluation. For training, a function without arguments that tells at which size
+      the memory would hold images. If they are smaller than `size`, and the device enlarges them
+      later, it returns their (height, width) in memory. Otherwise, it returns None.
   """
   if reading.cache != 'auto':
     return reading.cache

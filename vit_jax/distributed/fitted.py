@@ -83,7 +83,7 @@ class Fitted:
       raise OutOfMemory(
         f'The model does not fit into memory: with {fit.plan} micro-batches, it needs '
         f'{gib(fit.size)} on each device, but the limit is {gib(budget)}. Lower data.image_size, '
-        'lower eval_batch_size (in evaluation), or set model.dtype=bfloat16.'
+        'set model.dtype=bfloat16 or, if this happened in an evaluation, lower eval_batch_size.'
       )
     if fit.attempts > 1:
       log.info(

@@ -149,8 +149,8 @@ def calibration_images(path: str | pathlib.Path, exp: Experiment | None) -> np.n
   """
   if exp is None:
     raise ValueError(
-      f'{path}: this precision needs sample images, but the weights do not name their dataset. '
-      'Set --config.data.source, e.g. folder:photos, or choose another --precision.'
+      f'{path}: the chosen --precision needs sample images, but the weights do not name their '
+      'dataset. Set --config.data.source, e.g. folder:photos, or choose another --precision.'
     )
   data, size = exp.config.data, exp.task.stored_size
   source = open_source(data.source, data.dir, size)

@@ -178,7 +178,11 @@ def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offs
 
 @functools.cache
 def value_and_gradients(kernel):
-  """Returns the jitted function `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`."""
+  """Returns a jitted function that runs an attention kernel forward and backward.
+
+  The function is `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`. `y` is the output of the
+  kernel, and `dy` the gradient of a loss by `y`.
+  """
 
   def run(query, key, value, dy):
     y, pull = jax.vjp(lambda *qkv: kernel(*qkv, None, 0.0), query, key, value)

@@ -90,7 +90,7 @@ def block(ours: str, theirs: str, spelling: tuple[str, str, str, str]) -> list[t
 
 
 def stem(stages: tuple[int, ...]) -> list[tuple]:
-  """Returns rows as `norm` does, for a ResNet whose stages have the given numbers of units."""
+  """Returns the rows, as in `norm`, of a ResNet; `stages` has the number of units of each stage."""
   found = [('stem/conv_root/kernel', 'conv_root/kernel', SAME), *norm('stem/gn_root', 'gn_root')]
   for i, units in enumerate(stages):
     for j in range(units):

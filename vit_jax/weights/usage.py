@@ -30,7 +30,9 @@ image = image.convert('{mode}')"""
 
 
 def prepare_lines(p: Preprocessing, channels: int, size: Sequence[int]) -> str:
-  """Returns Python code that reads `image.png` into an upright `image` and resizes it.
+  """Returns Python code that reads `image.png`, rotates it as its EXIF data says, and resizes it.
+
+  The variable of the image is `image`.
 
   Args:
     p: preprocessing of the model.

@@ -130,7 +130,7 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads the training files from the newest checkpoint of a run.
+  """Loads from the newest checkpoint of a run on which files the run was trained.
 
   Without a checkpoint, the result has no files. The result is None if the run trained on an image
   folder, but did not record the files.
@@ -187,10 +187,10 @@ def hash_training_files(
   own = [np.setdiff1d(found_N, shared_N)]
   if len(shared_N):
     log.info(
-      'Of %d names of training files, %d are also names of held-out files. Files with these names '
-      'are compared by their content.',
-      len(found_N),
+      '%d of %d names of training files are also names of held-out files. The content of files '
+      'with these names decides whether a file is a training file.',
       len(shared_N),
+      len(found_N),
     )
     own += [
       content(files, np.flatnonzero(inside[name] & np.isin(files.hash_N, shared_N)))
@@ -259,10 +259,10 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder. If these images are not '
-      'the training images, but have the same names, move the images of each class into a '
-      'subfolder, such as <class>/new/. Their names then differ, because a name is the path below '
-      'the class folder (new/1.jpg).'
+      'or the content of the files. Choose a different split or folder. If these images only have '
+      'the same names as the training images, give them different names: a name is the path below '
+      'the class folder, so you can move the images of each class into a subfolder, such as '
+      '<class>/new/.'
     )
   if number:
     log.warning(
