@@ -236,7 +236,7 @@ def test_files_with_names_in_both_splits_are_identified_by_content(tmp_path, cap
   config = config_of(tmp_path, epochs='0')
   with caplog.at_level(logging.INFO):
     assert trainer.train(config, tmp_path / 'run')['examples'] == 17
-  assert 'Of 30 names of training files, 10 are also names of held-out files' in caplog.text
+  assert '10 of 30 names of training files are also names of held-out files' in caplog.text
   with pytest.raises(ValueError, match='trained on all 60 images'):
     exact.evaluate(tmp_path / 'run', {'data.eval_split': 'train'})
 
