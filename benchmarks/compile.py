@@ -169,7 +169,10 @@ def without_cudnn():
 
 
 def lower(config: ConfigDict, platform: str) -> dict:
-  """Lowers the training step for `cuda` or `tpu`, and returns its tokens, dtype and kernels."""
+  """Lowers the training step for `cuda` or `tpu`.
+
+  Returns the number of tokens, the data type, and the number of each kernel.
+  """
   exp, training = build(config)
   with without_cudnn(), compiled_for(LOWERED[platform]):
     traced = trace_step(exp, training, devices_lib.make_mesh())

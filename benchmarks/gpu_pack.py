@@ -62,8 +62,8 @@ def pack(folder: pathlib.Path, python: str) -> None:
   if sum(sizes.values()) > LIMIT:
     largest = max(sizes, key=sizes.get)
     raise ValueError(
-      f'{PACK} has {sum(sizes.values()) / 2**20:.1f} MiB, more than {LIMIT >> 20} MiB; the largest '
-      f'file is {largest} with {sizes[largest] / 2**20:.1f} MiB'
+      f'{PACK} has {sum(sizes.values()) / 2**20:.1f} MiB, but the limit is {LIMIT >> 20} MiB. The '
+      f'largest file is {largest} with {sizes[largest] / 2**20:.1f} MiB'
     )
   print(f'{PACK}: {len(sizes) - 1} wheels and the images, {sum(sizes.values()) / 2**20:.1f} MiB')
 

@@ -173,7 +173,9 @@ def accuracy(name: str, folder: pathlib.Path, toy: bool) -> dict:
   if toy:
     changes |= TINY
   elif not gpu_pack.IMAGES.exists():
-    raise Skipped(f'{gpu_pack.DATA} is missing; make gpu-pack DATA=<CIFAR-10 folder> writes it')
+    raise Skipped(
+      f'{gpu_pack.DATA} is missing. To write it, run: make gpu-pack DATA=<CIFAR-10 folder>'
+    )
   train(recipe.config, changes, workdir)
   return collect.summary(collect.command(recipe.config, recipe.overrides), [workdir]) | {
     'last_metrics': last_metrics(workdir)

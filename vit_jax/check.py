@@ -63,7 +63,7 @@ REGISTRIES: dict[str, Collection[str] | Callable[[], Collection[str]]] = {
 
 
 def choices(key: str) -> tuple[str, ...]:
-  """Returns the valid names for the value of a config key; empty if the value is not a name.
+  """Returns the names that a config key accepts; empty for other keys, such as numbers.
 
   The names are in the order of the list or the registry that defines them.
   """
@@ -233,9 +233,9 @@ def check_distill(config: ConfigDict) -> None:
   joins = [f'model.{key}' for key in joins if config.model[key]]
   if pool and pool.distills and joins:
     raise ValueError(
-      f'distill.teacher: with model.pool={config.model.pool}, the class token and the '
-      f'distillation token need separate heads, but {joins[0]} adds a layer that uses both tokens '
-      f'together. Set {joins[0]} to None.'
+      f'{joins[0]} cannot be combined with distill.teacher and model.pool={config.model.pool}. It '
+      'adds a layer that uses the class token and the distillation token together, but these '
+      f'tokens need separate heads. Set {joins[0]} to None.'
     )
 
 

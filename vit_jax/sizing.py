@@ -190,9 +190,9 @@ def warn_of_few(config: ConfigDict, source: Source) -> None:
 def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[str, tuple]:
   """Returns values for `data.image_size` and, if no patch size is set, for `model.patch_size`.
 
-  The image size is the largest size in `PATCHES` that is at most the median of the images' shorter
-  sides. If the median is smaller than all sizes, the smallest size is used. If the dataset is not
-  available, the largest size is used. If the config or the variant sets a patch size, the
+  The image size is the largest image size in `PATCHES` that is at most the median of the images'
+  shorter sides. If the median is smaller than all sizes, the smallest size is used. If the dataset
+  is not available, the largest size is used. If the config or the variant sets a patch size, the
   image size is rounded down to a multiple of the patch size. It is at least one patch.
 
   Args:

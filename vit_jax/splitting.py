@@ -108,11 +108,12 @@ def small_size(config: ConfigDict, source: Source) -> tuple[int, int] | None:
 def decided(
   config: ConfigDict, task: Task, source: Source, before: str | None = None
 ) -> Experiment:
-  """Chooses `data.cache` and the size of stored images, and returns the experiment of a run.
+  """Returns the experiment of a run, with the chosen `data.cache` and size of images in memory.
 
   Args:
     config: config of the run.
-    task: properties of the data. Its `stored_size` must be the size of the model's input.
+    task: properties of the data. Its `stored_size` must be the size of the model's input. In the
+      result, it is the chosen size.
     source: dataset of the run.
     before: `data.cache` in the last session of the run to resume; None for a new run.
 

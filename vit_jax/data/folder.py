@@ -56,7 +56,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """The `position` of each file, scaled from the range `span` to [0, 1); in increasing order."""
+    """The hash `position` of each file, in increasing order, with `span` rescaled to [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 

@@ -29,9 +29,9 @@ def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict
     count: N, the number of examples that were loaded from the split.
 
   Raises:
-    ValueError: the labels cannot be read, or belong to other images or classes. Or bad images were
-      skipped, so that labels and images cannot be matched. Or the model can give an image several
-      labels.
+    ValueError: one of these cases: the labels cannot be read; they belong to other images or
+      classes; bad images were skipped, so labels and images cannot be matched; the model predicts
+      several labels per image.
   """
   path = exp.config.data.real_labels
   if not path:

@@ -149,7 +149,8 @@ def reason_of(error: BaseException) -> str:
 def refuse_addresses(part: gr.components.Component) -> None:
   """Makes Gradio refuse URLs that clients send, because a download would have no size limit.
 
-  Gradio would download a URL for any input, even for a menu.
+  Otherwise, Gradio downloads a URL that a client sends as the value of any component, even of a
+  menu.
   """
   keep = part.async_move_resource_to_block_cache
 

@@ -95,8 +95,8 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
     choose('--mode=export: config key', key, READ)
   if overrides and not measures:
     raise ValueError(
-      f'--config.{next(iter(overrides))} has no effect: an export in float32 reads no data. '
-      'Remove this flag, or choose a lower --precision.'
+      f'--config.{next(iter(overrides))} has no effect: an export in float32 reads no images. '
+      'Remove this flag, or choose a --precision that needs sample images, such as fp16.'
     )
 
 

@@ -63,7 +63,7 @@ class Viewer:
   def look(self, params: dict, image_HWC: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the probabilities `[L]` and the `attention_summary` of one uint8 image.
 
-    If the pool has no attention maps, the summary contains `(None,)` instead of the maps.
+    If the kind of pooling gives no attention maps, the summary contains `(None,)` instead.
     """
     image_BHWC = self.exp.normalize(image_HWC[None])
     (probability_L,) = self.exp.probabilities(params, image_HWC[None])
@@ -230,7 +230,7 @@ def show(seen: Seen | None) -> np.ndarray | None:
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
   """Registers functions that update the page when a file, example, layer or head is chosen.
 
-  `seen` is the state of a visitor's session: the `Seen` of the image that the page shows.
+  `seen` is Gradio's state of a visitor's session. It holds the `Seen` of the image on the page.
   """
 
   def check_menus(layer: str, head: str):

@@ -185,7 +185,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. `model.position_grid` must be the grid that the model's positions are for.
+      model: the model. `model.position_grid` must be the grid of its position embeddings.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

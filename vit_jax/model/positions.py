@@ -53,9 +53,9 @@ class Position:
 def coordinates(grid: tuple[int, int], whole: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
   """Returns two arrays `[h, w]`: the row and the column of each patch of `grid`.
 
-  Both grids cover the same image. Row and column give the centre of a patch. The unit is a patch of
-  `whole`, and the origin is the centre of the first patch of `whole`. If the grids are equal, rows
-  and columns are 0, 1, 2, ...
+  The grids `grid` and `whole` divide the same image. Row and column give the centre of a patch. The
+  unit is a patch of `whole`, and the origin is the centre of the first patch of `whole`. If the
+  grids are equal, rows and columns are 0, 1, 2, ...
   """
   rows, columns = ((np.arange(n) + 0.5) * (size / n) - 0.5 for n, size in zip(grid, whole))
   y, x = np.meshgrid(rows, columns, indexing='ij')

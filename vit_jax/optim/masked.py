@@ -104,7 +104,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
     train: whether to apply dropout.
 
   Raises:
-    ValueError: images keep their aspect ratio, or the decoder is for another patch size.
+    ValueError: the images have different aspect ratios, or the decoder has another patch size.
   """
   check_decoder(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']

@@ -105,7 +105,7 @@ def as_wide(x: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array
 def from_wide(
   x_MN: jax.Array, shape: tuple[int, ...], axes: optax.contrib.MuonDimensionNumbers
 ) -> jax.Array:
-  """Returns the kernel of the given shape for which `as_wide` returns `x_MN`."""
+  """Inverse of `as_wide`: returns the matrix `x_MN` as a kernel of the given shape."""
   inputs = math.prod(shape[: len(axes.reduction_axis)])
   return (x_MN if inputs == x_MN.shape[0] else x_MN.T).reshape(shape)
 

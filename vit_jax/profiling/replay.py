@@ -125,8 +125,8 @@ def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
   if len(found) < 2:
     raise ValueError(
       f'--mode=verify repeats the steps between two checkpoints, but {workdir} has {len(found)}. '
-      'Train further, or save more often (checkpoint_every), and keep at least two '
-      '(keep_checkpoints).'
+      'Set keep_checkpoints to at least 2. Then train further, or save more often '
+      '(checkpoint_every).'
     )
   return found[1], found[0]
 
@@ -164,9 +164,9 @@ def check_repeatable(
   """
   if config.freeze or config.classifier:
     raise ValueError(
-      f'--mode=verify repeats training steps, but {workdir} holds a run that trains or '
-      'computes only a head (the keys freeze and classifier). Repeat the run in another --workdir '
-      'and compare the results.'
+      f'--mode=verify repeats training steps, but {workdir} holds a run that trains '
+      'only a head (key freeze), or computes a head without training (key classifier). Repeat the '
+      'run in another --workdir and compare the results.'
     )
   if cycles and first < cycles[-1]:
     raise ValueError(

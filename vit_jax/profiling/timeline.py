@@ -110,9 +110,10 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 
 
 def rank(name: str, known: Mapping[str, Operation]) -> int:
-  """Returns the rank of an operation or of `WAIT`, from 0 to 3.
+  """Returns the rank of an operation or of `WAIT`, from 0 (first) to 3.
 
-  At each moment, the time is divided among the running operations with the lowest rank.
+  If several operations run at the same time, only those with the lowest rank count. The time is
+  divided equally among them.
   """
   if name == WAIT:
     return 3

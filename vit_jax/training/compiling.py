@@ -61,7 +61,7 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns a copy of `exp` that uses `plan`, but keeps a `model.remat` that the config sets."""
+  """Returns a copy of `exp` with the values of `plan`, except a `model.remat` set in the config."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
@@ -179,7 +179,8 @@ def fit_step(
       'devices with mesh.fsdp=-1.'
     )
   log.info(
-      '%s: a training step needs %s of the allowed %s on each device (compiled %d time(s)).',
+      '%s: a training step needs %s of memory on each device, with a limit of %s (compiled %d '
+      'time(s)).',
       fit.plan, gib(fit.size), gib(budget), fit.attempts,
   )  # fmt: skip
   return planned(exp, fit.plan), fit.compiled

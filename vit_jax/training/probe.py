@@ -168,7 +168,7 @@ def sweep(
         score = None
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after this head's last step
-        raise Preempted(f'A signal stopped the sweep after the head for learning rate {rate:g}.')
+        raise Preempted(f'A signal stopped the sweep; its last head has the rate {rate:g}.')
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'

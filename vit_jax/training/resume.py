@@ -82,7 +82,7 @@ def begin(
 
 
 def check_new(workdir: pathlib.Path, init: str) -> None:
-  """Raises ValueError if a new run would replace files, or if `init` is the run's empty workdir."""
+  """Raises ValueError if a new run would replace files, or if `init` is the workdir of this run."""
   own = os.path.realpath(os.path.expanduser(init)) == os.path.realpath(workdir)
   if init and own and [path.name for path in workdir.iterdir()] == ['log.txt']:  # no weights
     raise ValueError(

@@ -91,7 +91,7 @@ class TrainingFiles:
     return dataclasses.replace(self, inherited_N=NONE, inherited_splits=())
 
   def before(self) -> 'TrainingFiles':
-    """Returns a copy with only the inherited files and splits, not the run's own."""
+    """Returns a copy with the files and splits of `init` and teacher only, not the run's own."""
     return dataclasses.replace(self, own_N=NONE, own_splits=())
 
   def with_inherited(self, other: 'TrainingFiles') -> 'TrainingFiles':
@@ -104,7 +104,7 @@ class TrainingFiles:
     )
 
   def item(self) -> dict[str, np.ndarray]:
-    """Returns the hashes as a dict of uint64 arrays, for the item (part) `names` of a checkpoint.
+    """Returns the hashes of the files as a dict of uint64 arrays, the item `names` of a checkpoint.
 
     Each array begins with an extra 0, because orbax cannot save empty arrays.
     """
@@ -259,10 +259,10 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   if number == before:
     raise NothingLeft(
       f'Split {split!r}: the weights were trained on all {before:,} images, judging by the names '
-      'or the content of the files. Choose a different split or folder. If these images only have '
-      'the same names as the training images, give them different names: a name is the path below '
-      'the class folder, so you can move the images of each class into a subfolder, such as '
-      '<class>/new/.'
+      'or the content of the files. Choose a different split or folder. If these images are '
+      'different images that only have the names of training images, move the images of each class '
+      'into a subfolder such as <class>/new/. This changes their names, because a name is the path '
+      'below the class folder.'
     )
   if number:
     log.warning(
