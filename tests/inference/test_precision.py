@@ -298,7 +298,7 @@ def test_calibration_images_are_spread_over_the_validation_split(tmp_path):
     (('--format=onnx', '--precision=bfloat16'), "onnx: unknown 'bfloat16'."),
     (('--format=stablehlo', '--precision=int8'), "unknown 'int8'. Valid: bfloat16, float32."),
     (('--format=npz', '--precision=fp16'), "format npz: unknown 'fp16'. Valid: float32."),
-    (('--format=onnx', '--config.data.source=digits'), 'an export in float32 reads no data'),
+    (('--format=onnx', '--config.data.source=digits'), 'an export in float32 reads no images'),
     (('--format=onnx', '--precision=int8', '--config.seed=1'), "config key: unknown 'seed'"),
     (('--format=onnx', '--precision=int8', '--config.data.source=digits'), 'digits have 1.'),
 ])  # fmt: skip
