@@ -166,7 +166,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if not args.kills:
     parser.error(
-      'the benchmark damages checkpoints of the killed and resumed runs: set `kills` to at least 1'
+      'checkpoints to damage are copied from the killed and resumed runs: set the number of kills, '
+      '`kills`, to at least 1'
     )
   return args
 

@@ -146,7 +146,7 @@ def attend(process: subprocess.Popen, seconds: float) -> int:
 
 
 def last_line(log: pathlib.Path) -> str:
-  """Returns the last line of a log that is not empty."""
+  """Returns the last non-empty line of a log."""
   lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
   return next((line.strip() for line in reversed(lines) if line.strip()), 'it printed nothing')
 

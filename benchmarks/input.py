@@ -77,7 +77,7 @@ def ours(folder: pathlib.Path, workers: int = 0, split: str = 'train+test') -> I
 
 
 def tfdata(folder: pathlib.Path, antialias: bool = True) -> Iterator[int]:
-  """Yields the batch sizes of tf.data.
+  """Loads batches of the photos with tf.data; yields the number of images in each batch.
 
   As in TensorFlow's models and big_vision, only the cropped part of a JPEG is decoded.
   """

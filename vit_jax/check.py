@@ -183,7 +183,7 @@ def check_progressive(config: ConfigDict) -> None:
 
 
 def check_objective(config: ConfigDict, trains: bool) -> None:
-  """Raises ValueError for keys that contradict `objective`; `check` explains `trains`."""
+  """Raises ValueError for keys that contradict `objective`. For `trains`, see `check`."""
   name, teacher = config.objective, config.distill.teacher
   if name and (name == 'distilled') != bool(teacher):
     remedy = f'remove distill.teacher={teacher}' if teacher else 'set distill.teacher'
@@ -233,9 +233,9 @@ def check_distill(config: ConfigDict) -> None:
   joins = [f'model.{key}' for key in joins if config.model[key]]
   if pool and pool.distills and joins:
     raise ValueError(
-      f'{joins[0]} cannot be combined with distill.teacher and model.pool={config.model.pool}. It '
-      'adds a layer that uses the class token and the distillation token together, but these '
-      f'tokens need separate heads. Set {joins[0]} to None.'
+      f'distill.teacher with model.pool={config.model.pool} cannot be combined with {joins[0]}. '
+      'This key adds a layer that uses the class token and the distillation token together, but '
+      f'these tokens need separate heads. Set {joins[0]} to None.'
     )
 
 

@@ -287,8 +287,8 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
   """
   if 'pos_embedding' not in params:
     raise ValueError(
-      f'model.position={model.position!r} does not determine the image size. '
-      'Pass preprocessing=..., which contains the image size.'
+      'The weights do not determine the image size, because they contain no learned positions '
+      f'(model.position={model.position!r}). Pass preprocessing=..., which contains the image size.'
     )
   grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:

@@ -77,7 +77,8 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
   """Returns the combined loss of labels and teacher, `[B]`, and the logits `[B, L]`.
 
   The logits are the mean of the logits of the class head and of the distillation head. Without
-  `exp.teacher`, e.g. when the FLOPs of a run in a workdir are counted, the loss uses only labels.
+  `exp.teacher`, the loss uses only labels. This is so, for example, when the FLOPs of a run in a
+  workdir are counted, because the teacher is not loaded then.
   """
   if exp.teacher is None:
     return supervised(exp, params, batch, key)

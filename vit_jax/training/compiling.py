@@ -172,7 +172,7 @@ def fit_step(
   fit = first_fit(plans, lambda plan: lower(planned(exp, plan)), need, budget, factor)
   if fit.compiled is None:
     raise OutOfMemory(
-      f'Training does not fit into memory: of the plans tried, {fit.plan} needs the least, '
+      f'Training does not fit into memory. Of the plans tried, {fit.plan} needs the least memory: '
       f'{gib(fit.size)} on each device, but the limit is {gib(budget)}. Parameters and '
       f'optimizer state alone take {gib(size_on_device(mesh, state))}. Lower data.image_size, '
       'choose a smaller model.variant, set model.dtype=bfloat16 or freeze=backbone, or use more '

@@ -48,7 +48,7 @@ SCALE = dict(init_values=1e-5)
 
 
 def registers(count: int, **others) -> dict:
-  """Returns the arguments of timm's model class for names with `reg<count>_gap`."""
+  """Returns the arguments of timm's model class for models named `...reg<count>_gap...`."""
   common = dict(class_token=False, no_embed_class=True, global_pool='avg', reg_tokens=count)
   return common | others
 

@@ -93,7 +93,10 @@ def lock(workdir: pathlib.Path) -> IO | None:
       ) from error
     except OSError as error:  # some network file systems have no locks
       writer.LOG.info(
-        '%s cannot be locked (%s). Do not start a second run in this workdir.', file.name, error
+        '%s cannot be locked (%s). This run continues, but do not start a second run in this '
+        'workdir: vit_jax would not notice it.',
+        file.name,
+        error,
       )
       return file
     with contextlib.suppress(FileNotFoundError):

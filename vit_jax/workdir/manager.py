@@ -61,8 +61,10 @@ def open_manager(
   Args:
     workdir: folder of the run.
     keep: number of newest checkpoints to keep.
-    scored: {step: accuracy}; the caller can add steps later.
-    finished: steps whose checkpoints are kept too.
+    scored: {step: accuracy}. The checkpoint with the best accuracy is kept in addition. The caller
+      can add steps later.
+    finished: steps at which the run was finished before it got more epochs. Their checkpoints are
+      kept in addition.
     before_commit: called in process 0 when all files of a checkpoint are written, before orbax
       gives the checkpoint its final name.
     agreement: the processes that save together; None if this process saves alone.
