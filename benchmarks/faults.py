@@ -260,8 +260,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
     parser.error(
-      'checkpoints to damage are copied from runs of one process: set their number, `alone`, to at '
-      'least 1'
+      'checkpoints to damage are copied from runs of one process: set `alone`, the number of these '
+      'runs, to at least 1'
     )
   return args
 

@@ -131,7 +131,7 @@ def accuracy(found: dict[str, dict], work: pathlib.Path) -> str:
 
 
 def images(result: dict) -> str:
-  """Returns the table of decoding and of training on decoded images."""
+  """Returns the table with the rates of image decoding, and of training on these images."""
   rows = [
     (DECODING[name], f'{rate:,.0f}', f'{result["images_per_second_per_core"][name]:,.0f}', '')
     for name, rate in result['images_per_second'].items()

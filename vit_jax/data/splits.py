@@ -105,7 +105,7 @@ def place(text: str, percent: bool, size: int) -> int:
 
 
 def overlap(ones: Sequence[Piece], others: Sequence[Piece]) -> bool:
-  """Returns whether an example is in pieces of both lists."""
+  """Returns whether two splits, given by their pieces, have an example in common."""
   return any(
     name == other and max(start, first) < min(stop, last)
     for name, start, stop in ones

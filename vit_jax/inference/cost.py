@@ -78,8 +78,8 @@ class Summary:
     steps: number of training steps; None if the number of examples is unknown.
     warmup: number of warm-up steps of the first learning-rate cycle; None if the number of examples
       is unknown.
-    notes: sentences about the assumptions behind these numbers. If a finished run got more epochs,
-      the notes also say when the learning rate warms up again.
+    notes: sentences about the assumptions behind these numbers. If the config gives a finished run
+      more epochs, the notes also say when the learning rate warms up again.
   """
 
   exp: Experiment

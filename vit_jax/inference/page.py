@@ -37,10 +37,10 @@ class Seen(NamedTuple):
     image_HWC: uint8 image at the size to which image files are resized.
     probability_L: probability of each class.
     rollout_hw: attention of all blocks combined, for h x w patches (`maps.rollout`); None if the
-      pool has no attention maps.
+      kind of pooling gives no attention maps.
     heads_RKhw: attention map of each head (K) in each block (R), as in `maps.head_attention`. If
       the pool has a learned query (`map`), the last of the R rows is the attention of this query.
-      None if the pool has no attention maps.
+      None if the kind of pooling gives no attention maps.
   """
 
   image_HWC: np.ndarray

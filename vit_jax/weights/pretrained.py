@@ -217,8 +217,8 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or
-      both are None, `to.grid` does not fit either, and the number of positions is not a square.
+    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. If
+      neither gives a grid: it does not fit `to.grid`, and is not a square number.
   """
   found = [
     array

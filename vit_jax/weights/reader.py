@@ -151,7 +151,7 @@ def safetensors(place: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_torch(place: pathlib.Path, read: Callable[..., Weights]) -> Weights:
-  """Returns the weights in safetensors files and in the `config.json` next to these files.
+  """Returns the weights in safetensors files, interpreted by the `config.json` next to them.
 
   Args:
     place: a file, or a folder.
