@@ -107,7 +107,7 @@ def training_seconds(workdir: pathlib.Path) -> float:
   images = result['steps'] * result['config']['batch_size']
   logged = sum(line['examples'] for line in lines)
   if logged != images:
-    raise ValueError(f'{workdir}: metrics.jsonl has only {logged:,} of {images:,} training images.')
+    raise ValueError(f'{workdir}: metrics.jsonl counts {logged:,} of {images:,} trained images.')
   return sum(line['examples'] / line['images_per_second'] for line in lines)
 
 

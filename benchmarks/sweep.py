@@ -114,8 +114,8 @@ def epochs_for(config: str, overrides: dict[str, str], pflops: float) -> str:
 def grid(text: str) -> list[dict[str, str]]:
   """Returns all combinations of values of a JSON object `{key: [value, ...]}`, as `{key: text}`.
 
-  For a list of objects, the result has the combinations of all objects. The text can also be the
-  path of a `.json` file.
+  For a list of objects, the result has the combinations within the first object, then those within
+  the second one, and so on. The argument `text` is JSON, or the path of a `.json` file.
 
   Raises:
     argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists, or a list of them.

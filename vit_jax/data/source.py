@@ -225,7 +225,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of length `size`; the last list is shorter, and can be empty."""
+  """Yields the items in lists of length `size`, then a shorter list of the rest, even if empty."""
   chunk = []
   for item in items:
     chunk.append(item)

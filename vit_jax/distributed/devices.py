@@ -68,7 +68,8 @@ def few_devices(batch_size: int, micro_batches: int = 1, group: int = 1) -> str 
 def worth(count: int, batch_size: int) -> int:
   """Returns how many of `count` CPU devices to use for a batch.
 
-  Each of these devices gets at least `MIN_EXAMPLES` examples. For smaller batches, the result is 1.
+  Each of these devices gets at least `MIN_EXAMPLES` examples. If the batch has fewer examples, the
+  result is 1.
   """
   return max(1, min(count, batch_size // MIN_EXAMPLES))
 

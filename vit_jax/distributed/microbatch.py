@@ -125,8 +125,8 @@ def micro(batch, mesh: Mesh, parts: int):
   """Splits a batch into micro-batches: `[B, ...]` becomes `[parts, B / parts, ...]`.
 
   If parameters are split over devices, `batch` is the whole batch, and each micro-batch contains
-  equally many examples of every device. If every device holds all parameters, `batch` is only the
-  part of one device, and `split` divides it.
+  equally many examples of every device. If every device holds all parameters, each device
+  calls this function with its own part of the batch.
   """
   if not devices.splits(mesh):
     return split(batch, parts)

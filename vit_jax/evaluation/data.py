@@ -35,7 +35,7 @@ def check_data_given(request: Request) -> None:
   if request.init and 'data.source' not in request.overrides:
     raise ValueError(
       f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
-      'folder:photos. For the weights and the dataset of a run, replace --init by --workdir=<run>.'
+      'folder:photos. Or replace --init by --workdir=<run>, to use the weights and data of a run.'
     )
 
 

@@ -89,10 +89,10 @@ def pool_shares(model: ViT, tokens: int) -> jax.Array:
 def rollout(layers: Sequence[jax.Array], read_BN: jax.Array, grid: tuple[int, int]) -> jax.Array:
   """Returns how much of the pooled output comes from each patch of the image: `map_Bhw`.
 
-  This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3; paper, Figure 6). Each
-  block is represented by the matrix `(A + I) / 2`. A is the mean attention of the heads, and the
-  identity I stands for the residual connection. `read_BN` is multiplied by all these matrices, from
-  the last block to the first.
+  This is attention rollout (Abnar and Zuidema 2020, 2005.00928, Section 3), as in Figure 6 of the
+  ViT paper. Each block is represented by the matrix `(A + I) / 2`. A is the mean attention of the
+  heads, and the identity I stands for the residual connection. `read_BN` is multiplied by all these
+  matrices, from the last block to the first.
 
   Args:
     layers: `attention_BKNN` of each block, in order.

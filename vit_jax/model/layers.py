@@ -67,8 +67,8 @@ class Dense(nn.Module):
     axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
-    kernel_init: initializer; it gets the shape (all inputs, all features), and its result is
-      reshaped to the shape of the kernel.
+    kernel_init: initializer. It gets a shape of two axes, the products of the input axes and of
+      `features`. Its result is reshaped to the shape of the kernel.
     bias_init: initializer of the bias.
   """
 
