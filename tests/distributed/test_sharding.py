@@ -91,6 +91,9 @@ def test_cpu_mesh_size_depends_on_the_batch_size(monkeypatch):
   monkeypatch.setattr(devices_lib, '_one_per_core', True)
   assert sizes() == [1, 2, 1, 1, 2] and devices_lib.make_mesh().size == 2
   assert [devices_lib.inference_mesh(n).size for n in (1, 63, 64)] == [1, 1, 2]
+  with monkeypatch.context() as on_gpu:  # `start_up` also runs there
+    on_gpu.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert devices_lib.inference_mesh(1).size == 2
   monkeypatch.setattr(jax, 'process_count', lambda: 2)  # each process needs a device of the mesh
   assert devices_lib.inference_mesh(1).size == 2
 

@@ -152,14 +152,14 @@ def smallest_batch(
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-  """Returns a mesh that splits a batch over all devices; on a CPU, `worth` limits their number.
+  """Returns a mesh that splits a batch over all devices, or over fewer CPU devices.
 
-  The batch size need not be a multiple of the number of devices, because batches are padded. With
-  several processes, the number of devices is not limited, because the mesh must contain devices of
-  every process.
+  On a CPU, `worth` limits the number of devices, unless the user has set this number. With several
+  processes, there is no limit, because the mesh must contain devices of every process. The batch
+  size need not be a multiple of the number of devices, because batches are padded.
   """
   count = jax.device_count()
-  limited = _one_per_core and jax.process_count() == 1
+  limited = _one_per_core and jax.default_backend() == 'cpu' and jax.process_count() == 1
   return mesh_of((worth(count, batch_size) if limited else count, 1, 1))
 
 
