@@ -60,7 +60,7 @@ def write_digits(folder: pathlib.Path) -> pathlib.Path:
 
 
 def start(workdir: str, flags: list[str], folder: pathlib.Path) -> subprocess.Popen:
-  """Starts `main.py` in the folder `cwd/`, with `scratch/` for temporary files."""
+  """Starts `main.py` in `folder/cwd/`; temporary files go to `folder/scratch/`."""
   own = {'TMPDIR': str(folder / 'scratch'), 'HOME': str(folder / 'home')}
   own |= {'PYTHONPATH': str(ROOT)}
   command = [sys.executable, str(ROOT / 'main.py'), f'--workdir={workdir}', *flags]
@@ -89,7 +89,7 @@ def local_files(folder: pathlib.Path) -> set[str]:
 
 
 def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path) -> dict:
-  """Kills a run in the bucket, resumes it, and runs the modes in `OTHERS`; returns the facts."""
+  """Kills a run in the bucket, resumes it and runs the modes in `OTHERS`; returns what happened."""
   draw = random.Random(number)
   for name in server.names('run/') + server.names('program/'):
     del server.objects['bucket', name]
@@ -120,7 +120,7 @@ def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path
 
 
 def damage(number: int, server: FakeGcs) -> dict:
-  """Damages the newest checkpoint in a copy of the run, and checks which one is loaded."""
+  """Damages the newest checkpoint in a copy of the run, and calls `faults.judge` on the copy."""
   run, copy = bucket.to_path(RUN), 'gs://bucket/damaged'
   checkpoint = f'checkpoints/{max(steps_in(server))}/'
   found = {name: server.objects['bucket', name] for name in server.names('run/')}

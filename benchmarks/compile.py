@@ -130,7 +130,7 @@ def load(spec: str, batch: int) -> ConfigDict:
 
 
 def build(config: ConfigDict) -> tuple[Experiment, Training]:
-  """Returns the experiment and its plan, without any data."""
+  """Returns the `Experiment` and the `Training` of a config, without reading any data."""
   classes, examples = DATASETS[config.data.source]
   task = Task(
     tuple(f'class {i}' for i in range(classes)), pair(config.data.image_size), 3, examples
@@ -297,7 +297,7 @@ def check() -> list[str]:
 
 def parse(argv: list[str]) -> argparse.Namespace:
   parser = arguments.Parser(__spec__, __doc__)
-  parser.add_argument('--config', help='config file with its variant, and overrides, in one text')
+  parser.add_argument('--config', help='one text: config file with its variant, then overrides')
   parser.add_argument('--batch', type=arguments.count, default=0, help='images per step')
   parser.add_argument('--lower', choices=sorted(LOWERED), help='print kernels of the lowered step')
   parser.add_argument('--target', help='h200, or a TPU topology such as v5e:16x16')

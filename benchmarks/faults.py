@@ -198,8 +198,9 @@ def damaged(files: dict[str, bytes], number: int) -> tuple[str, str, dict[str, b
 def torn(files: dict[str, bytes], draw: random.Random) -> tuple[str, dict[str, bytes]]:
   """Removes the files that were written last, and truncates the last remaining file.
 
-  Files at the top level of the checkpoint, which orbax writes after the checksums, are not removed,
-  so that the checkpoint looks complete.
+  At the top level of the checkpoint, only the file with the checksums can be removed or truncated.
+  Orbax writes the other files of this level later. They are kept, so that the checkpoint looks
+  complete.
   """
   order = [*(name for name in files if '/' in name), digests.FILE]
   last = draw.randrange(len(order))

@@ -90,7 +90,11 @@ def run_all(
 
 
 def state_of(name: str, results: pathlib.Path) -> str:
-  """Returns `finished`, `resumes`, `stopped`, `failed`, `skipped`; `open` if there is no record."""
+  """Returns the state of a slice.
+
+  The state is `finished`, `resumes`, `stopped`, `failed` or `skipped`, or `open` if there is no
+  record.
+  """
   return (writer.read_json(results / f'{name}.json') or {}).get('state', 'open')
 
 

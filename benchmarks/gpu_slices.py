@@ -132,9 +132,9 @@ def rates() -> dict:
 
 
 def exact(dtype: str, folder: pathlib.Path, toy: bool) -> dict:
-  """Trains twice with the same config, and kills and resumes more such runs; compares the results.
+  """Compares the final states of runs with the same config, bit for bit.
 
-  All final states are compared bit for bit.
+  Two runs train without interruption. The others are killed and resumed.
 
   The runs use `deterministic=True`. Each run compiles its own programs, to test that XLA makes the
   same choices in every compilation. At toy size, the runs share compiled programs.

@@ -66,7 +66,7 @@ def together(results: list[dict]) -> list[dict]:
 
 
 def attention(result: dict) -> str:
-  """Returns the table of both kernels, with the largest error of their outputs and gradients."""
+  """Returns the table of attention kernels, with the largest error of outputs and gradients."""
   rows = []
   for row in result['rows']:
     errors = (max_error(row[kernel]['errors']) for kernel in ('fused', 'plain'))

@@ -342,7 +342,7 @@ def medians(rounds: dict[str, list], i: int) -> dict[str, float]:
 
 
 def ratios(rounds: dict[str, list], i: int) -> dict[str, float]:
-  """Returns the median of this project's rate divided by a loader's rate; i as in `medians`."""
+  """Returns the median ratios of this project's rate to other loaders' rates; i as in `medians`."""
   return {
     f'ratio_to_{name}': round(
       statistics.median(own[i] / turn[i] for own, turn in zip(rounds['ours'], turns)), 3

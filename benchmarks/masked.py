@@ -29,7 +29,7 @@ COMMON = {'model.position': 'sincos', 'log_every': '500'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """Parses the flags; `overrides` is `{key: text}` of every `--config.key=text`."""
+  """Parses the flags; `overrides` is `COMMON`, updated with every `--config.<key>=<text>`."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('cifar10', help='data.source of CIFAR-10, such as folder:cifar10')
   parser.add_argument('tinyimagenet', help='data.source of Tiny-ImageNet at 32 pixels')
@@ -51,7 +51,10 @@ def main(argv: list[str]) -> None:
   result = collect.circumstances() | {'total_pflops': total, 'rows': {}}
 
   def run(name: str, config: str, overrides: dict[str, str], share: float | None = None) -> str:
-    """Trains one run with a share of the compute, or its config's epochs; returns its workdir."""
+    """Trains one run with a share of the compute, and returns its workdir.
+
+    If `share` is None, the run has the number of epochs in its config.
+    """
     if share:
       overrides = overrides | {'epochs': epochs_for(config, overrides, share * total)}
     workdir = args.folder.resolve() / name

@@ -48,7 +48,7 @@ column `before` has the minutes of the previous record, and the change in percen
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """Parses the flags; `overrides` is `{key: text}` of every `--config.key=text`."""
+  """Parses the flags; `overrides` is `FIXED`, updated with every `--config.<key>=<text>`."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--target', required=True, type=share, help='accuracy to reach, e.g. 0.80')
   parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')

@@ -48,7 +48,7 @@ HELD_OUT = {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """Parses the flags; `overrides` is `{key: text}` of every `--config.key=text`."""
+  """Parses the flags; `overrides` is `HELD_OUT`, updated with every `--config.<key>=<text>`."""
   parser = arguments.Parser(__spec__, __doc__)
   parser.add_argument('--config', required=True, help='configs/<experiment>.py[:<variant>]')
   parser.add_argument(
@@ -118,7 +118,8 @@ def grid(text: str) -> list[dict[str, str]]:
   the second one, and so on. The argument `text` is JSON, or the path of a `.json` file.
 
   Raises:
-    argparse.ArgumentTypeError: the text is not a JSON object of non-empty lists, or a list of them.
+    argparse.ArgumentTypeError: the text is neither a JSON object of non-empty lists nor a list of
+      such objects.
   """
   try:
     file = pathlib.Path(text) if text.endswith('.json') else None

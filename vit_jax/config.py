@@ -240,8 +240,8 @@ def import_extensions(names: Sequence[str]) -> None:
   """Imports the modules that `--import` names; they can add config keys and registry entries.
 
   Raises:
-    ValueError: Python cannot find a module, or the module raises an error. The message then gives
-      the file and the line of the error.
+    ValueError: Python cannot find a module, or a module raises an error. If a module raises an
+      error, the message gives the file and the line of this error.
   """
   global imports
   for name in names:

@@ -77,7 +77,7 @@ class Experiment:
 
   @property
   def chosen_attention(self) -> str:
-    """The kernel that the run chose for `model.attention=auto`; `auto` if it did not choose."""
+    """The kernel that the run chose for `model.attention=auto`; `auto` if the run chose none."""
     return self.model.attention if self.config.model.attention == 'auto' else 'auto'
 
   @property
@@ -232,7 +232,7 @@ def assemble(config: ConfigDict, task: Task) -> Experiment:
   """Builds the model and its functions, and checks that the model fits the images.
 
   Raises:
-    ValueError: the config does not describe a valid model. Or the model does not fit the images, or
+    ValueError: the config does not describe a valid model, the model does not fit the images, or
       the loss or the classifier does not fit the labels.
   """
   if not objective_of(config).labels:

@@ -74,7 +74,7 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
 
 
 def check_no_init(config: ConfigDict) -> None:
-  """Raises ValueError or logs a warning if no `init` is set, but the backbone is kept fixed."""
+  """Raises ValueError or logs a warning if a config without `init` keeps the backbone fixed."""
   keys = [f'{key}={config[key]}' for key in ('adapt', 'classifier', 'freeze') if config[key]]
   if not keys:
     return
@@ -140,7 +140,7 @@ def open_teacher(
 
   Returns:
     The teacher; None if the config names no teacher.
-    The files that the teacher was trained on; none without a teacher. No test of the student may
+    The files that the teacher was trained on; empty without a teacher. No test of the student may
       use these files, because the student learns from them indirectly.
 
   Raises:

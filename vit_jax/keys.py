@@ -196,7 +196,7 @@ DATA = {
   'data.val_split': Key(
     '', 'held-out split that selects the best checkpoint, or the learning rate of a sweep; empty: '
     'no such split; None: the validation split of the dataset; if the dataset has none: the last '
-    '10% of train with data.train_split=None, else no such split', open=True,
+    '10% of train if data.train_split is None, else no such split', open=True,
   ),
   'data.eval_split': Key('test', 'test split', may_change=True),
   'data.real_labels': Key(
@@ -344,8 +344,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
     choices='POSITIONS',
   ),
   'model.position_prefix': Key(
-    None, 'tokens in front of the patch tokens that have a learned position; cls: only the class '
-    'token; none: no token; all: class token and registers', kind=str, choices='POSITION_PREFIXES',
+    None, 'which of the tokens in front of the patch tokens have a learned position; cls: only the '
+    'class token; none: no token; all: class token and registers', kind=str,
+    choices='POSITION_PREFIXES',
   ),
   'model.rope_theta': Key(
     None, 'base of the frequencies of rotary positions', kind=float, range=(1e-6, 1e9)

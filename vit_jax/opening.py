@@ -166,7 +166,7 @@ def from_init(
   classes: str = 'weights',
   zero_shot: pathlib.Path | None = None,
 ) -> tuple[Experiment, dict]:
-  """Builds an experiment from published weights, without a run, with their preprocessing.
+  """Builds an experiment from published weights and their preprocessing instead of from a run.
 
   Args:
     init: anything that `pretrained.load` reads.

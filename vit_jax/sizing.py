@@ -125,7 +125,7 @@ def chosen_values(config: ConfigDict, source: Source | None) -> dict[str, object
 
 
 def choose_batch(config: ConfigDict, count: int | None) -> int:
-  """Returns a batch size for `count` training images; None means that the number is unknown."""
+  """Returns a batch size for `count` training images, or for an unknown number (None)."""
   recipe = config.recipe
   unit = smallest_batch(config.micro_batches or 1, group(config), dict(config.mesh))
   most = recipe.batch_size
@@ -165,7 +165,9 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
 
 
 def class_counts(source: Source, split: str) -> np.ndarray | None:
-  """Returns the number of images of each class in a split, `[L]`; None without files or labels.
+  """Returns the number of images of each class in a split, `[L]`.
+
+  The result is None if the dataset has no labels, or does not consist of listed files.
 
   Raises:
     ValueError: the split has no images.

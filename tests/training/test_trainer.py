@@ -547,7 +547,7 @@ def test_more_epochs_on_a_finished_run_add_a_cycle_that_resumes_bit_for_bit(trai
   whole, killed = (shutil.copytree(trained[0], tmp_path / name) for name in ('whole', 'killed'))
   result = trainer.train(small_config(epochs='2'), whole)
   assert result['steps'] == 64 and result['config']['epochs'] == 2
-  line = 'Cycle 2, steps 33 to 64: 6 steps of warm-up to a learning rate of 0.005, then cosine. '
+  line = 'cycle 2, steps 33 to 64: 6 steps of warm-up to a rate of 0.005, then cosine. '
   assert line + 'Images are only cropped and flipped.' in (whole / 'log.txt').read_text()
   rates = {
     line['step']: line['learning_rate']

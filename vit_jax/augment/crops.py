@@ -43,8 +43,8 @@ def resized_crop(
     image_BHWC: uint8 images.
     min_area: smallest area of the part, as a fraction of the image's area. The fraction is drawn
       uniformly from `min_area` to 1.
-    max_aspect: highest ratio of the part's longer side to its shorter side. In long images, a part
-      with a large area and this ratio may not fit. Such a part gets a higher ratio.
+    max_aspect: highest ratio of the part's longer side to its shorter side. A part exceeds this
+      ratio only if no part with the drawn area and a lower ratio fits into the image.
   """
   height, width, _ = image_BHWC.shape[1:]
 

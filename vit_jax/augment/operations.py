@@ -51,7 +51,8 @@ def operate(
     * translate_x (translate_y): the content moves this many pixels to the left (up).
     * translate_x_relative (translate_y_relative): the content moves to the left (up) by this share
       of the image's width (height).
-    * shear_x (shear_y): row (column) n moves n times this many pixels to the left (up).
+    * shear_x (shear_y): each pixel moves to the left (up) by this number times the distance of its
+      centre from the image's top (left) edge.
     * cutout: half the side length, in pixels, of the square that becomes grey.
     * All other operations ignore the argument.
 

@@ -117,7 +117,10 @@ def started(pid: int) -> str:
 
 
 def uptime() -> float:
-  """Returns the seconds of a monotonic clock that, if possible, also runs during suspension."""
+  """Returns the time of a monotonic clock, in seconds.
+
+  If the system has such a clock, the clock also runs while the machine is suspended.
+  """
   clock = getattr(time, 'CLOCK_BOOTTIME', time.CLOCK_MONOTONIC)
   return time.clock_gettime(clock)
 

@@ -1,4 +1,4 @@
-"""A gcsfs file system that retries failed requests for minutes, and never reads names as patterns.
+"""A gcsfs file system that retries failed requests for minutes, and never treats names as patterns.
 
 gcsfs itself retries a failed request for about half a minute, but a bucket can answer with the
 error 503 for longer. All requests of this process use this file system, including the requests of

@@ -1,8 +1,8 @@
 """The command line: `python main.py` in a checkout, or `vit-jax` if the package is installed.
 
 A mode is a value of the flag `--mode`, such as `train`. Each mode is defined in its own file: its
-flags, an example command and the function to run. `MODES` lists all modes. A module that `--import`
-names can add a mode with `MODES['mine'] = Mode(...)`.
+flags, an example command and the function to run. `MODES` lists all modes. A module that is
+imported with `--import` can add a mode with `MODES['mine'] = Mode(...)`.
 """
 
 from vit_jax.cli.command import keep_compiled, main, start

@@ -27,7 +27,7 @@ def load_file(spec: str) -> ConfigDict:
     ValueError: the file does not exist, has no function `get_config`, or raises an error. Or
       `get_config` does not return a ConfigDict, sets an unknown key, or gives a value to a section
       such as `data`. Or `spec` has a variant, but `get_config` takes no argument. The
-      message names the file. If the code of the file raised the error, it also names the line.
+      message names the file and, if the code of the file raised the error, the line.
   """
   path, _, variant = str(local_only('--config', spec)).partition(':')
   if not pathlib.Path(path).is_file():

@@ -37,7 +37,7 @@ def describe(error: Exception) -> str:
 
 
 def is_from_bucket(error: Exception) -> bool:
-  """Returns whether a request to a bucket raised an error.
+  """Returns whether an error was raised by a request to a bucket.
 
   The errors of gcsfs and its dependencies have no common base class. So the function checks which
   package defines the error's class.

@@ -22,7 +22,7 @@ class Flag:
     type: function that converts the text to a value. With `pathlib.Path`, the text can also be a
       path in a bucket (`gs://`).
     default: value if the flag is not given.
-    required: True: the command must have this flag or the flag `--init`.
+    required: whether the command must have this flag or the flag `--init`.
   """
 
   name: str
@@ -43,8 +43,8 @@ class Mode:
     run: function that runs the mode and returns the exit code, or None for 0. Its argument has an
       attribute for each flag, and the attribute `overrides` with the config overrides. The function
       also imports the modules whose import takes long.
-    resumes: True: to resume an interrupted run, the user repeats the command.
-    overrides: True: the mode accepts `--config.<key>=<value>`, but has no flag `--config`.
+    resumes: whether the same command, repeated by the user, resumes an interrupted run.
+    overrides: whether the mode accepts `--config.<key>=<value>` although it has no flag `--config`.
   """
 
   summary: str

@@ -42,7 +42,8 @@ output explains it |
 same command |
 | 130 | Ctrl-C stopped the program in any mode, except `serve` while it served the page |
 | 141 | the program that reads the output, such as `head`, has ended |
-| 143 | SIGTERM stopped the program in another mode, or before a mode began its work |"""
+| 143 | SIGTERM stopped the program in a mode other than `train`, `verify` and `serve`, or before \
+the mode began its work |"""
   ''
 )
 

@@ -62,7 +62,7 @@ MODE = Mode(
     MAX_PATCHES,
     Flag(
       'topk',
-      'number of classes to print for each image; default: 5, or every label above its '
+      'number of classes to print for each image; default: 5, or every label that reaches its '
       'threshold if an image can have several labels',
       int,
       None,

@@ -56,7 +56,7 @@ class Files:
 
   @property
   def position_N(self) -> np.ndarray:
-    """The hash `position` of each file, in increasing order, with `span` rescaled to [0, 1)."""
+    """`splits.position` of each file, increasing; rescaled so that `span` becomes [0, 1)."""
     low, high = self.span
     return (position(self.hash_N) - low) / (high - low)
 
@@ -105,8 +105,8 @@ def open_folder(root: pathlib.Path) -> Folder:
   `HELD_OUT` become the split `test`.
 
   Raises:
-    ValueError: fewer than two classes, a class named like a split, a class without a training
-      image, or no test images.
+    ValueError: fewer than two classes, a class named like a split if there is no `train/`, a class
+      without a training image, or no test images.
   """
   split = (root / 'train').is_dir()
   held_out = [name for name in TEST_NAMES if split and (root / name).is_dir()]
@@ -197,7 +197,7 @@ def warnings(
 def unused(
   root: pathlib.Path, tops: Collection[pathlib.Path], unread: Collection[pathlib.Path]
 ) -> Iterator[str]:
-  """Yields warnings about unused folders in `root` and `tops`, and images directly in `unread`."""
+  """Yields warnings: unused folders in `root` and splits (`tops`), images directly in `unread`."""
   for folder in dict.fromkeys((root, *tops)):
     inside = sorted(folder.iterdir(), key=lambda path: path.name)
     if skipped := [p.name for p in inside if p.is_dir() and useless(p)]:

@@ -50,7 +50,7 @@ def has_image_name(name: str) -> bool:
 
 
 def only_images(names: Iterable[str], passed_over: collections.Counter) -> Iterator[str]:
-  """Yields names of images. Adds other visible files to the counts {extension: number}."""
+  """Yields the names of images, and counts other visible files by extension in `passed_over`."""
   for name in names:
     if has_image_name(name):
       yield name
@@ -66,8 +66,8 @@ def decode_image(
   EXIF rotation is applied, transparent pixels get a white background, and 16-bit grey is scaled.
 
   Raises:
-    BadImage: the file `name` is not an image, is incomplete, or has no 8-bit form. Or the image has
-      more pixels than `max_pixels` (if given) or Pillow's limit against decompression bombs.
+    BadImage: the file `name` is not an image, is incomplete, has floating-point pixels, or has more
+      pixels than `max_pixels` (if given) or than Pillow's limit against decompression bombs.
   """
   with refused(encoded, name):
     opened = open_header(encoded)
@@ -100,10 +100,10 @@ def turned(opened: Image.Image) -> Image.Image:
 
 
 def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
-  """Reads the header of an image file; returns the image's (height, width) after EXIF rotation.
+  """Returns an image's (height, width) after EXIF rotation; decodes pixels only in some PNGs.
 
   Raises:
-    BadImage: the header cannot be read.
+    BadImage: the header cannot be read, or the pixels of a PNG file cannot be decoded.
   """
   with refused(encoded, name):
     opened = open_header(encoded)

@@ -125,7 +125,7 @@ def check_columns(file: pathlib.Path, line: int, names: Sequence[str]) -> None:
 def read_jsonl(file: pathlib.Path) -> Iterator[Row]:
   """Yields the rows of a JSONL file, which has one JSON object per line.
 
-  The value of `label` is a text as in a CSV file, or a list with one text for each class.
+  The value of `label` is a text as in a CSV file, or a list of the image's class names.
 
   Raises:
     ValueError: a line is not valid JSON, or its object has wrong keys or values.

@@ -61,9 +61,9 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function without arguments that tells at which size
-      the memory would hold images. If they are smaller than `size`, and the device enlarges them
-      later, it returns their (height, width) in memory. Otherwise, it returns None.
+    kept: None for evaluation. For training, a function without arguments. If images in memory
+      would be smaller than `size`, so that the device enlarges them later, the function returns
+      their (height, width) in memory. Otherwise, it returns None.
   """
   if reading.cache != 'auto':
     return reading.cache

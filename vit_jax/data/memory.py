@@ -148,12 +148,12 @@ def stop_at_all(split: str, errors: Sequence[str], count: int) -> NoReturn:
 
 
 def common_size(source: Source, split: str, size: tuple[int, int]) -> tuple[int, int] | None:
-  """Returns the common (height, width) of all images of a split, or None.
+  """Returns the common (height, width) of a split's images if smaller than `size`, else None.
 
   The result is None if two images have different sizes, or if an image is higher or wider than
   `size`. The result is also None if all images have exactly the size `size`. Bad images are
-  ignored. The function reads only the headers of image files, and stops at the first image that
-  makes the result None.
+  ignored. The function uses `source.own_size`, which usually decodes no pixels. It stops at the
+  first image that makes the result None.
   """
   found = None
   for chunk in source_lib.read_pieces(source, source.pieces(split)):

@@ -135,10 +135,13 @@ def pixels(
 
 
 def own_size(example: Example) -> tuple[int, int]:
-  """Returns the (height, width) of an example's image; reads only the header of an image file.
+  """Returns the (height, width) of an example's image, usually without decoding pixels.
+
+  EXIF rotation is taken into account. A PNG file is decoded if its header has no EXIF data, because
+  this data can follow the pixels.
 
   Raises:
-    image.BadImage: the header cannot be read.
+    image.BadImage: the header cannot be read, or such a PNG file cannot be decoded.
   """
   name, encoded, _ = example
   if isinstance(encoded, np.ndarray):
@@ -159,7 +162,7 @@ def read_pieces(
 
 
 def first_size(source: Source, split: str) -> tuple[int, int] | None:
-  """Returns the (height, width) of a split's first image; None if the header is unreadable."""
+  """Returns the (height, width) of a split's first image; None if the size cannot be read."""
   name, start, _ = source.pieces(split)[0]
   (example,) = source.read(name, [start])
   try:
@@ -225,7 +228,7 @@ def fetched(examples: Iterable[Example]) -> Iterator[Example]:
 
 
 def chunks(items: Iterable, size: int) -> Iterator[list]:
-  """Yields the items in lists of length `size`, then a shorter list of the rest, even if empty."""
+  """Yields the items in lists of length `size`, then a shorter, possibly empty list of the rest."""
   chunk = []
   for item in items:
     chunk.append(item)

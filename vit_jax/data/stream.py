@@ -146,7 +146,7 @@ class Stream:
     return dataclasses.replace(self, pieces=self.pieces + other.pieces)
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (name, array) pairs for a checksum: decoder, settings, content of each file."""
+    """Yields (name, array) pairs for a checksum: settings, code of `image.py`, images as stored."""
     about = self.size, sorted(getattr(self.fit, 'keywords', {}).items()), PIL.__version__
     yield 'fit', np.frombuffer(repr(about).encode(), np.uint8)
     yield 'code', np.frombuffer(inspect.getsource(image_lib).encode(), np.uint8)
@@ -181,7 +181,7 @@ class Stream:
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
-    """Returns the decoded examples at these indices, with `image` (from `stack`) and `label`.
+    """Returns the decoded examples at these indices: {'image': joined by `stack`, 'label': array}.
 
     If `skip_bad_images` is True, the dict also has `bad` `[N]` int32. For each row, `bad` is the
     number of bad images that were skipped to find a good image.

@@ -204,7 +204,8 @@ def prepare_here() -> None:
     source = pathlib.Path(builder.data_dir)
     convert_to_array_record(source, pathlib.Path(converted) / source.relative_to(root))
   else:
-    sys.exit(f'the data is in {builder.info.file_format.value}, expected array_record or tfrecord')
+    found = builder.info.file_format.value
+    sys.exit(f'the data has the format {found}, expected array_record or tfrecord')
 
 
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:

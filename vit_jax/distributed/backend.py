@@ -70,7 +70,7 @@ def compiled_for(target: Target) -> Iterator[None]:
 
 
 def portable() -> contextlib.AbstractContextManager[None]:
-  """Returns a context manager in which traced programs use only kernels for all platforms."""
+  """Returns a context manager in which traced programs use only kernels that every platform has."""
   return compiled_for(ANY)
 
 

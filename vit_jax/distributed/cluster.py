@@ -30,7 +30,7 @@ MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)  # only the us
 
 
 class Preempted(Exception):
-  """Raised if a stop signal ended a mode early. Training has then saved its progress."""
+  """Raised if a stop signal ended a command early. Before this, training saves its progress."""
 
 
 def asked_to_stop() -> bool:
@@ -69,7 +69,7 @@ def code_after(error: BaseException) -> int:
 def is_from_runtime(error: BaseException | None) -> bool:
   """Returns whether `error` can be a consequence of the end of another process.
 
-  A MemoryError never is.
+  The result is False for a MemoryError, even if a `JaxRuntimeError` caused it.
   """
   while error is not None and not isinstance(error, MemoryError):
     # Gloo sends data between CPUs. A process that waits too long for another one raises

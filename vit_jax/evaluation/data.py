@@ -87,8 +87,8 @@ def open_test(experiment: Experiment, source: Source | None = None) -> tuple[Sou
 
   Raises:
     ValueError: `open_data` finds that the dataset does not fit the model. Or the weights were
-      trained on all files of the test split. Or the dataset has no files (e.g. TFDS), and the
-      weights were trained on at least one example of the test split.
+      trained on all files of the test split. Or the dataset has no list of image files (e.g.
+      TFDS), and the weights were trained on at least one example of the test split.
   """
   source, names = source or open_data(experiment), experiment.names
   for warning in source.warnings:

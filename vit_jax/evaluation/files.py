@@ -54,8 +54,8 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns a sorted list of all image files in a folder and its subfolders.
 
-  Links to folders are followed, as in training. Folders for which `is_searched` is False are
-  skipped. If folders cannot be read, they are skipped and a warning is logged.
+  Links to folders are followed, as in training. Folders for which `is_searched` is False, such as
+  hidden folders, are skipped. If folders cannot be read, they are skipped and a warning is logged.
   """
   errors, found = [], []
   with progress.announced(f'Listing the images in {folder} ...'):

@@ -172,8 +172,8 @@ def training_score(
 ) -> metrics.Collection:
   """Returns the loss and the accuracy of a training micro-batch, as sums that can be added up.
 
-  A micro-batch is a part of a training batch. Training batches have no padding, so every image
-  counts.
+  A micro-batch is a part of a training batch. Training batches have no padding, so the loss counts
+  every image. The accuracy counts every image that has a label.
 
   Args:
     logits_BL: logits; None in a run without labels. The result then has no accuracy.

@@ -36,7 +36,8 @@ def dense_features(model: ViT, params: dict, image_BHWC: jax.Array) -> jax.Array
     model: the model, with any pool, with or without a head.
     params: the model's parameters.
     image_BHWC: normalised images. If the position embeddings were learned for another image size,
-      set `position_grid` of the model, or load the weights with the argument `grid`.
+      set the model's `position_grid` to the grid of patches at that size. Alternatively, load the
+      weights with the argument `grid`, the grid of patches in `image_BHWC`.
   """
   token_BND = without_pool(model).apply({'params': params}, image_BHWC).astype(jnp.float32)
   h, w = (n // patch for n, patch in zip(image_BHWC.shape[1:3], model.patch_size))

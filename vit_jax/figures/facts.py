@@ -107,7 +107,7 @@ def class_rows(subject: Subject) -> list[tuple[str, ...]]:
 def config_differences(
   subject: Subject, workdir: pathlib.Path | None
 ) -> tuple[list[tuple[str, object, object]], dict[str, object]]:
-  """Returns the config keys that differ from their defaults, and the keys that equal them.
+  """Returns the config keys that differ from their defaults, and the keys with default values.
 
   Args:
     subject: the data of the run.

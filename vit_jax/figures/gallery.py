@@ -28,7 +28,7 @@ def visualize(
   """Draws every figure whose data is available, and writes a report with these figures.
 
   Args:
-    request: names a training run, finished or not, or published weights.
+    request: which training run, finished or not, or which published weights to draw.
     images: images to draw: files, folders and patterns, as in `find_images`. None for a few test
       images of the run.
     out: output folder; None for the workdir of the request.
@@ -38,7 +38,8 @@ def visualize(
 
   Raises:
     ValueError: there is nothing to draw, no image can be read, or the config contradicts the
-      weights. Or the output folder cannot be used, or has figures that `visualize` did not write.
+      weights. The error is also raised if the output folder cannot be used, or has figures that
+      `visualize` did not write.
   """
   workdir = request.workdir
   if out:

@@ -137,7 +137,7 @@ def attention_summary(model: ViT, params: dict, image_BHWC: jax.Array) -> dict[s
   Returns:
     `rollout`: `[B, h, w]`, the result of `rollout`.
     `heads`: `[B, R, K, h, w]`. Each of the R rows is the `head_attention` of one block. If the pool
-      has a probe, the learned query of a MAP head, one more row contains its attention.
+      has a `probe`, the last row is instead the attention of the pool's learned query.
     `distance`: `[B, depth, K]`, the `mean_attention_distance` of each block, in pixels.
   """
   grid = grid_of(model, image_BHWC)

@@ -1,7 +1,8 @@
 """Collects the data for all figures of a run, so that everything is computed only once.
 
-The drawn test images are the first images of evenly spaced classes in the split, chosen without
-randomness. So all calls and all runs on one dataset draw the same images.
+The drawn test images are the first images of each class in the split. If there are more classes
+than drawn images, they show classes with evenly spaced numbers. The choice is not random, so all
+calls and all runs on one dataset draw the same images.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -26,7 +26,7 @@ def about(
     step: step number of the checkpoint; None for published weights.
     workdir: folder of the run; None for published weights. The accuracy is read from `eval.json` in
       this folder, if the file exists.
-    overrides: dotted config keys and their values with which the page runs the model.
+    overrides: config overrides of the page, as dotted keys and their values.
   """
   changed = {key: str(value) for key, value in (overrides or {}).items() if key.startswith(INPUT)}
   measured = (read_json(workdir / 'eval.json') if workdir else None) or {}

@@ -202,7 +202,7 @@ def teacher_part(exp: Experiment) -> Part | None:
 
 
 def place(name: str) -> tuple[int, str]:
-  """Returns a sort key: the order of the modules in the model, then their names."""
+  """Returns a key that sorts module names: by their order in the model, then by name."""
   order = (*first_layer(), 'block_*', *last_layer(), *ADAPTERS, *objective_params(), OTHER)
   return order.index(name.partition('/')[0]), name
 

@@ -97,11 +97,11 @@ def export(
 
 
 def expected_grid(found: Weights) -> Adaptation:
-  """Returns the `Adaptation` that resizes position embeddings to the expected image size.
+  """Returns the `Adaptation` that resizes position embeddings to the size of the preprocessing.
 
   The position embeddings in a file can be for another image size than the preprocessing, as in
-  DINOv2. `predict` resizes such position embeddings too. If the expected size is unknown, the
-  `Adaptation` resizes nothing.
+  DINOv2. `predict` resizes such position embeddings too. If the preprocessing has no known size,
+  the `Adaptation` resizes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
   grid = tuple(n // p for n, p in zip(size, patch))
@@ -127,7 +127,7 @@ def program_of(loaded: Pretrained) -> Program:
 
 
 def check_card(out: pathlib.Path, entry: Format) -> None:
-  """Raises ValueError if a folder contains a README.md or weights that no export has written.
+  """Raises ValueError if a folder has a README.md or weights that were not written by an export.
 
   An earlier export is recognised by the text `card.SIGNATURE` in its README.md.
   """
@@ -173,8 +173,8 @@ def save(
     calibration: settings that turn logits into probabilities. Programs (StableHLO, ONNX) apply all
       settings; hf stores only whether there are thresholds. None: a temperature of 1.
     precision: `float32`, or one of the format's `precisions`.
-    images: sample images, uint8 `[N, H, W, C]`, on which the precision `int8` measures the ranges
-      of activations. Other precisions do not use sample images.
+    images: sample images, uint8 `[N, H, W, C]`. The conversion to `int8` measures the ranges of
+      activations on these images. Other precisions do not use sample images.
 
   Raises:
     ValueError: the format cannot hold the model; the message lists the attributes that do not fit.
@@ -210,7 +210,7 @@ def write(
     program: model, weights and preprocessing.
     precision: `float32`, or one of the format's `precisions`.
     folder: output folder.
-    scratch: empty folder for the float32 files that are written if `precision` is not float32.
+    scratch: empty folder for the float32 files from which a different precision is converted.
 
   Returns:
     `{precision: folder}` for each written precision, float32 first.
@@ -264,7 +264,7 @@ def remove_empty(folder: pathlib.Path) -> None:
 
 
 def check_free(folder: pathlib.Path, names: list[str]) -> None:
-  """Raises ValueError if a folder contains a run, or weight files that the export does not write.
+  """Raises ValueError if a folder contains a run, or weight files that the export does not replace.
 
   `names` are the names of the files that the export writes.
   """
@@ -280,10 +280,10 @@ def check_free(folder: pathlib.Path, names: list[str]) -> None:
 def image_size(model: ViT, params: dict) -> tuple[int, int]:
   """Returns the image size, (height, width) in pixels, that fits the learned position embeddings.
 
-  The size follows from the model's `learned_grid`. If `learned_grid` is None, the size is square.
+  The size follows from the model's `learned_grid`. If `learned_grid` is None, the grid is square.
 
   Raises:
-    ValueError: the model has no learned positions, or their grid is unknown and not square.
+    ValueError: there are no learned positions, or `learned_grid` is None and no square grid fits.
   """
   if 'pos_embedding' not in params:
     raise ValueError(

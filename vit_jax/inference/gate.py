@@ -78,7 +78,7 @@ class Gate:
       message = await receive()
       left -= len(message.get('body', b''))
       if left < 0:
-        raise HTTPException(413, f'Files can have at most {MAX_BYTES >> 20} MiB.')
+        raise HTTPException(413, f'Too large: files can have at most {MAX_BYTES >> 20} MiB.')
       return message
 
     async def answer(message) -> None:
@@ -121,9 +121,9 @@ class Page(gr.Blocks):
 
 
 class Choice(gr.EventData):
-  """Event data of a visitor who chose an element of a gallery.
+  """Event data that tells which element of a gallery a visitor chose.
 
-  Unlike `gr.SelectData`, it accepts all data that a client sends.
+  Unlike `gr.SelectData`, it accepts all data that a client sends, even invalid data.
 
   Attributes:
     index: number of the element; None if the client sent none.
@@ -147,7 +147,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def refuse_addresses(part: gr.components.Component) -> None:
-  """Makes Gradio refuse URLs that clients send, because a download would have no size limit.
+  """Makes a component refuse URLs that clients send, because a download would have no size limit.
 
   Otherwise, Gradio downloads a URL that a client sends as the value of any component, even of a
   menu.

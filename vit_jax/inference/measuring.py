@@ -96,7 +96,7 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
   if overrides and not measures:
     raise ValueError(
       f'--config.{next(iter(overrides))} has no effect: an export in float32 reads no images. '
-      'Remove this flag, or choose a --precision that needs sample images, such as fp16.'
+      'Remove this flag, or choose a --precision whose accuracy is measured, such as fp16.'
     )
 
 
@@ -106,7 +106,7 @@ def open_experiment(
   overrides: Mapping[str, str],
   zero_shot: pathlib.Path | None = None,
 ) -> Experiment | None:
-  """Opens the experiment of exported weights, with a dataset for samples and for the test.
+  """Opens the experiment of exported weights, with the dataset of the sample and test images.
 
   If the weights come from a run, the run's config names the dataset. Published weights do not name
   a dataset, so `overrides` must set `data.source`. Without this override, the result is None.

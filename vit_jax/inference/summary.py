@@ -55,7 +55,7 @@ def summary_of_config(config: ConfigDict) -> tuple[Experiment, int | None, tuple
   Returns:
     The experiment.
     The number of training examples; None if it is unknown.
-    Sentences about assumptions that replace the missing dataset; empty if the dataset is available.
+    Sentences about the assumptions if the dataset was not found; else empty.
 
   Raises:
     ValueError: the model is not valid, or `data.source` names an unknown dataset.

@@ -42,8 +42,8 @@ def select_kernel(
 
   The docstring of `plain` describes the arguments of a kernel. On a CPU, the kernel is
   `with_gradient` unless the choice is `plain`. On other devices, the choices `auto` and
-  `cudnn` give the kernel `flash`. If `flash` cannot run, both choices give `plain`. Examples are
-  attention dropout, and attention pooling (`MapHead`), which has only one query.
+  `cudnn` give the kernel `flash`. If `flash` cannot run, both choices give `plain`. For example,
+  `flash` supports neither attention dropout nor attention pooling (`MapHead`) with its one query.
 
   Args:
     choice: one of `ATTENTION`.

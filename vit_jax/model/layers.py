@@ -67,8 +67,8 @@ class Dense(nn.Module):
     axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
-    kernel_init: initializer. It gets a shape of two axes, the products of the input axes and of
-      `features`. Its result is reshaped to the shape of the kernel.
+    kernel_init: initializer. It is called with the shape (number of inputs, number of outputs),
+      the products of `inputs` and of `features`. The result is reshaped to the kernel's shape.
     bias_init: initializer of the bias.
   """
 
@@ -101,9 +101,9 @@ class Dense(nn.Module):
 
 
 class CpuLayerNorm(nn.Module):
-  """LayerNorm over the last `axes` axes of x, in less time on CPUs (see `layer_norm`).
+  """LayerNorm over the last `axes` axes of x, faster on CPUs than flax's (see `layer_norm`).
 
-  Parameters and result are those of flax's LayerNorm.
+  Parameters and result are the same as in flax's LayerNorm.
   """
 
   epsilon: float

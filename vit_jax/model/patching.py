@@ -79,7 +79,7 @@ def resize_embedding(kernel_pqCD: Array, size: Size) -> Array:
   Let `B x` be the patch x, resized by `resize_matrix` along both axes. The new weights
   are `w' = (B^T)^+ w`. They minimise the mean square of `<x, w> - <B x, w'>` over standard normal
   patches x (FlexiViT, Section 3.4 and Appendix A). If the patches become larger, this difference is
-  zero for every x, so an enlarged image has the same tokens as before. B acts on rows and columns
+  zero for every x, so an enlarged patch gives the same token as before. B acts on rows and columns
   separately, and so does the pseudo-inverse of B.
 
   Args:
@@ -185,7 +185,7 @@ class Packer:
     """Creates a packer.
 
     Args:
-      model: the model. `model.position_grid` must be the grid of its position embeddings.
+      model: the model. `model.position_grid` must be the grid that its positions are for.
       params: parameters of the model.
       most: N, maximum number of patches of an image.
 

@@ -4,8 +4,8 @@ Decisions:
   * Every product is two-dimensional, `[N, I] x [I, O]`, with N rows, I inputs and O outputs. On
     CPUs, the gradient of a batched product takes about four times as long as the gradient of a
     two-dimensional product.
-  * On CPUs, LayerNorm has a gradient of its own, and computes its sums as products with a vector of
-    ones. Both save time if rows are short, as in QK-norm. results/notes.md has the step times.
+  * On CPUs, LayerNorm has a custom gradient, and computes means and sums as products with constant
+    vectors. This saves time if rows are short, as in QK-norm. results/notes.md has the step times.
 """
 
 import functools
@@ -78,7 +78,7 @@ def stored_transpose(x: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x_NI: jax.Array, scale_I: jax.Array, bias_I: jax.Array, epsilon: float) -> jax.Array:
-  """Returns each row of `x_NI` with mean 0 and variance 1, times the scale, plus the bias.
+  """Returns `z * scale + bias`; z is `x_NI` with each row normalised to mean 0 and variance 1.
 
   This is LayerNorm (Ba et al. 2016, 1607.06450, equation 4) for CPUs. All values are computed in
   float32, which is also the type of the result. `epsilon` is added to the variance. Scale and bias
@@ -99,8 +99,8 @@ def layer_norm_forward(x_NI, scale_I, bias_I, epsilon):
 def layer_norm_backward(epsilon, saved, dy_NI):
   """Backward pass of `layer_norm`: returns the gradients of x, of the scale and of the bias.
 
-  Let z be x with mean 0 and variance 1, s its standard deviation, and dz the gradient of z. Then
-  the gradient of x is `(dz - mean(dz) - z mean(z dz)) / s`.
+  Let z be a row x, normalised to mean 0 and variance 1, and dz the gradient of z. Let s be
+  `sqrt(variance of x + epsilon)`. The gradient of x is `(dz - mean(dz) - z mean(z dz)) / s`.
   """
   x_NI, mean_N1, inverse_N1, scale_I = saved
   z_NI = (x_NI - mean_N1) * inverse_N1

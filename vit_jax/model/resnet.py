@@ -15,7 +15,8 @@ import jax.numpy as jnp
 def stem_stride(stages: tuple[int, ...]) -> int:
   """Returns the factor by which the stem reduces height and width.
 
-  The root reduces both by the factor 4, and each stage after the first by the factor 2.
+  The root (a convolution and a max pool) reduces both by the factor 4. Each stage after the first
+  stage reduces both by the factor 2.
   """
   return 4 * 2 ** max(len(stages) - 1, 0)
 

@@ -63,8 +63,8 @@ def make(variant: str | None, num_classes: int | None, **overrides: object) -> V
     **overrides: any attribute of `ViT`; None keeps the variant's value.
 
   Raises:
-    ValueError: the variant, an attribute or the name of an option is unknown; the message lists
-      valid names. Or the sizes do not fit together.
+    ValueError: the sizes do not fit together, or a name is unknown: the variant, an attribute, or
+      the value of an attribute such as `pool`. If a name is unknown, the message lists valid names.
   """
   fields = {'num_classes': num_classes} | (variant_fields(variant) if variant else {})
   for key, value in overrides.items():

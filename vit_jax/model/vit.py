@@ -62,8 +62,8 @@ class ViT(nn.Module):
       None for no such layer.
     projection: width of a linear layer without a bias after the pooling, as in CLIP (Radford et al.
       2021, 2103.00020, Figure 3); None for no such layer.
-    cosine: whether the head's input is scaled to length 1. For zero-shot classification, the rows
-      of the head are text embeddings, so the logits are scaled cosine similarities.
+    cosine: whether the head's input is scaled to length 1. For zero-shot classification, columns of
+      the head's kernel are scaled text embeddings, so logits are scaled cosine similarities.
     dropout: dropout rate after the positions, in the MLP, and at the end of each residual branch.
     attention_dropout: dropout rate of the attention weights.
     stochastic_depth: drop rate of the last block's residual branches. The rate rises linearly from

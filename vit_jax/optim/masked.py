@@ -104,7 +104,7 @@ def fill_in(exp, params: dict, batch: dict, key: jax.Array, train: bool = False)
     train: whether to apply dropout.
 
   Raises:
-    ValueError: the images have different aspect ratios, or the decoder has another patch size.
+    ValueError: images keep their aspect ratio, or model and decoder have different patch sizes.
   """
   check_decoder(exp, params)
   image_BHWC, example_B = exp.normalize(batch['image']), batch['example']
@@ -169,7 +169,7 @@ def patch_grid(exp) -> tuple[int, int]:
 
 
 def check_decoder(exp, params: dict) -> None:
-  """Raises ValueError if images keep their aspect ratio, or the decoder has another patch size."""
+  """Raises ValueError if images keep their aspect ratio, or model and decoder patch size differ."""
   if exp.pack is not None:
     raise ValueError('A masked autoencoder needs images of one size. Remove --max_patches.')
   p, q = exp.model.patch_size

@@ -96,7 +96,7 @@ def orthogonalize(updates: dict, mesh: Mesh, dtype: jnp.dtype) -> dict:
 
 
 def as_wide(x: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-  """Returns a kernel as a matrix, inputs by outputs; transposed if there are more inputs."""
+  """Returns a kernel as a matrix of inputs by outputs, transposed if inputs outnumber outputs."""
   inputs = math.prod(x.shape[: len(axes.reduction_axis)])
   matrix = x.reshape(inputs, -1)
   return matrix.T if inputs > matrix.shape[1] else matrix

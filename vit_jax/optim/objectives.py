@@ -35,7 +35,7 @@ class Objective:
     loss: `(exp, params, batch, key) -> loss_B, logits_BL`, for a training step. The batch has the
       augmented images `image`, uint8, and their labels `label`. `example` is the position of each
       image in the batch. If images are mixed in pairs, `own` is the weight of each image in its
-      mix. In a run with a teacher, `params['teacher']` has the teacher's parameters. The training
+      mix. If the step runs a teacher, `params['teacher']` has its parameters. The training
       accuracy is computed from the logits, which are None if `labels` is False.
     rows: `(exp, params, batch) -> {'loss': loss_B, 'logits': logits_BL}`, for evaluation. If
       `labels` is False, the result has no logits. In the batch, `example` is the index of an image
@@ -77,8 +77,8 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
   """Returns the combined loss of labels and teacher, `[B]`, and the logits `[B, L]`.
 
   The logits are the mean of the logits of the class head and of the distillation head. Without
-  `exp.teacher`, the loss uses only labels. This is so, for example, when the FLOPs of a run in a
-  workdir are counted, because the teacher is not loaded then.
+  `exp.teacher`, the loss uses only labels. For example, the FLOPs of a run in a workdir
+  are counted without loading the teacher.
   """
   if exp.teacher is None:
     return supervised(exp, params, batch, key)

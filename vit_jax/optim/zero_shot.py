@@ -66,8 +66,8 @@ class TextClasses:
       origin: name of the file, for messages.
 
     Raises:
-      ValueError: an array is missing, unknown, not finite, or has the wrong type or shape. Or two
-        classes have the same name, or an embedding is zero.
+      ValueError: an array is missing, unknown, not finite, or has the wrong type or shape; or two
+        classes have the same name; or an embedding is zero.
     """
     missing = [name for name in ARRAYS if name not in arrays]
     unknown = sorted(arrays.keys() - {*ARRAYS, 'logit_bias'})
@@ -103,8 +103,8 @@ class TextClasses:
       multi_label: whether an image of the dataset can have several labels.
 
     Raises:
-      ValueError: a class of the dataset is missing. Or images can have several labels, but the
-        probabilities come from a softmax, because `bias` is None.
+      ValueError: a class of the dataset is missing, or images can have several labels although
+        `bias` is None. Without a bias, the model uses a softmax, which allows only one label.
     """
     if multi_label and self.bias is None:
       raise ValueError(

@@ -195,7 +195,7 @@ def judged(
     return Verdict(steps, True, f'Repeating {span} gave the same {len(found)} arrays, bit for bit.')
   worst = np.max([share for _, share in relative(found, ended.params)])  # NaN if one is NaN
   lines = [
-    f'{name}: largest difference {each.largest:.3g}, norm {each.norm:.3g}'
+    f'{name}: largest difference {each.largest:.3g}, norm of the saved array {each.norm:.3g}'
     for name, each in sorted(changed.items(), key=lambda pair: -pair[1].largest)
   ]
   more = [f'... and {len(lines) - MOST} more'] * (len(lines) > MOST)

@@ -1,8 +1,8 @@
 """Performs training steps of a run, without writing checkpoints or logs.
 
 Decisions:
-  * The steps use the config, the data and the kernels of the run. Only the weights are random,
-    because the time of a step does not depend on them.
+  * The steps use the config, the data, the attention kernel and the memory plan of the run. Only
+    the weights are random, because the time of a step does not depend on them.
 """
 
 import contextlib

@@ -77,7 +77,7 @@ def make_head(
 def with_head(
   exp: Experiment, training: Training, mesh: jax.sharding.Mesh, restored: bool
 ) -> tuple[Experiment, Training]:
-  """Computes the head that `config.classifier` names, and adds it to an experiment.
+  """Computes the head that `config.classifier` names, and adds it to the initial weights of a run.
 
   Args:
     exp: experiment with the backbone.
@@ -86,7 +86,8 @@ def with_head(
     restored: whether a checkpoint already holds the head. If so, the head is not computed again.
 
   Returns:
-    The experiment, and a copy of `training` whose `params` include the head.
+    The experiment, whose model can hold the head.
+    A copy of `training` whose `params` include the head. If `restored`, `training` itself.
   """
   classifier, count = CLASSIFIERS[exp.config.classifier], len(training.train)
   if not restored:

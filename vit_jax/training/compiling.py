@@ -61,13 +61,13 @@ def plan_of(exp: Experiment, mesh: jax.sharding.Mesh) -> Plan:
 
 
 def planned(exp: Experiment, plan: Plan) -> Experiment:
-  """Returns a copy of `exp` with the values of `plan`, except a `model.remat` set in the config."""
+  """Returns a copy of `exp` with this plan; `model.remat` of the config, if set, has priority."""
   remat = exp.config.model.remat or plan.remat
   return dataclasses.replace(exp, parts=plan.micro_batches, model=exp.model.clone(remat=remat))
 
 
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
-  """Returns the experiment with the plan in a checkpoint, or `exp` if there is no plan.
+  """Returns the experiment with the plan of a checkpoint, or `exp` if the checkpoint has no plan.
 
   `saved` is the JSON of the checkpoint (its item `config`).
   """
@@ -76,7 +76,7 @@ def resumed(exp: Experiment, saved: Mapping) -> Experiment:
 
 
 def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
-  """Returns the allowed plans; the first is the fastest, the last needs the least memory."""
+  """Returns the plans that the config allows; the first is fastest, the last needs least memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
   together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
   first = exp.micro_batches(mesh, config.batch_size)
@@ -159,7 +159,8 @@ def fit_step(
     The experiment with the plan that fits, and the compiled step.
 
   Raises:
-    limits.OutOfMemory: none of the compiled plans fits; the message gives the smallest of them.
+    limits.OutOfMemory: none of the compiled plans fits; the message names the plan that needs the
+      least memory.
   """
   budget, plans = exp.budget(mesh), possible_plans(exp, mesh)
   if exp.parts and plan_of(exp, mesh) not in plans:  # it was made for other devices

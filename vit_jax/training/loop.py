@@ -160,15 +160,15 @@ class Run:
     return programs
 
   def log_cycle(self) -> None:
-    """Logs the steps and learning rate of the new cycle, if a finished run got more epochs."""
+    """Logs the latest learning-rate cycle, if a finished run was extended to more epochs."""
     if not (cycles := self.training.cycles):
       return
     begin, end, name = cycles[-1], self.training.steps, self.config.schedule.name
     warmup = warmup_steps(self.config, len(self.training.train), end - begin)
     peak = self.training.schedule(begin + max(warmup - 1, 0))  # a sweep ignores optimizer.lr
     log.info(
-        'Cycle %d, steps %d to %d: %d steps of warm-up to a learning rate of %g, then %s. Images '
-        'are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup, peak, name,
+        'Learning-rate cycle %d, steps %d to %d: %d steps of warm-up to a rate of %g, then %s. '
+        'Images are only cropped and flipped.', len(cycles) + 1, begin + 1, end, warmup, peak, name,
     )  # fmt: skip
 
   def owes_evaluation(self, start: int) -> bool:

@@ -97,7 +97,7 @@ class Meter:
     return values
 
   def _utilisation(self) -> dict[str, float]:
-    """Returns `tflops_per_device`, and `mfu` if the device's peak speed for the type is known."""
+    """Returns `tflops_per_device`, and `mfu` if the device's peak speed for `dtype` is known."""
     tflops = self._flops / self._seconds / self._devices / 1e12
     found = {'tflops_per_device': float(f'{tflops:.4g}')} if tflops else {}
     return found | ({'mfu': round(tflops / self._peak, 4)} if tflops and self._peak else {})

@@ -168,7 +168,7 @@ def sweep(
         score = None
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after this head's last step
-        raise Preempted(f'A signal stopped the sweep; its last head has the rate {rate:g}.')
+        raise Preempted(f'A signal stopped the sweep after it tried learning rate {rate:g}.')
   if all(score_of(point) is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
@@ -285,6 +285,6 @@ def on_all(exp: Experiment, training: Training, rate: float) -> tuple[Experiment
 
 
 def of_all(exp: Experiment, training: Training) -> Experiment:
-  """Returns a copy of the experiment whose `train_examples` includes the validation images."""
+  """Returns a copy of the experiment whose `train_examples` also counts the validation images."""
   count = len(training.train) + len(training.val)
   return dataclasses.replace(exp, task=dataclasses.replace(exp.task, train_examples=count))

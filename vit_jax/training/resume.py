@@ -37,8 +37,8 @@ def check_in_all_processes(config: ConfigDict, workdir: pathlib.Path) -> None:
   The keys in `OWN` can have different values in different processes.
 
   Raises:
-    ValueError: the config is invalid or differs between processes, or images in the workdir would
-      be read as images of the data set.
+    ValueError: the config is invalid or differs between processes, or the workdir is inside the
+      image folder, so that pictures in the workdir would become training data.
   """
   check(config)
   check_apart(config.data.source, config.data.dir, workdir)

@@ -37,8 +37,8 @@ def fit(
 
   Training starts from the newest checkpoint if there is one. If memory runs out in a run with one
   process, the run is resumed once from its newest checkpoint. The resumed run uses a plan that
-  needs less memory (`halved`). If the run has a validation split and labels, a `Calibration` is
-  fitted at the end, for the last and for the best checkpoint.
+  needs less memory (`halved`). If the run has a validation split and labels, the probabilities are
+  calibrated at the end (`Calibration`), for the last and for the best checkpoint.
 
   Args:
     exp: experiment to train.

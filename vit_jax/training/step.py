@@ -1,4 +1,4 @@
-"""The train step: augment, forward, loss, gradient, update, metrics, average.
+"""The train step: augment, forward, loss, gradient, update, metrics, moving average of weights.
 
 Decisions:
   * Random keys are derived from the seed, the step and the example's position in the batch. So no

@@ -35,8 +35,8 @@ OTHER = 'other'  # operations outside of modules: pooling, the loss, adding posi
 def work(exp: Experiment, params: dict) -> tuple[Counter, int]:
   """Returns the FLOPs of each module in a forward pass, and the FLOPs of a training step.
 
-  Both count one image. The FLOPs of a training step are the mean over the patch sizes of the run.
-  The mean includes the FLOPs of the teacher if each step runs a teacher.
+  Both results are for one image. The FLOPs of a training step are the mean over the patch sizes of
+  the run. The mean includes the FLOPs of the teacher if each step runs a teacher.
   """
   image = jax.ShapeDtypeStruct((1, *exp.image_shape), jnp.float32)
   return forward_flops(exp.model, params, image), drawn_flops(exp, exp.image_shape[:2], params)

@@ -181,7 +181,7 @@ def value_and_gradients(kernel):
   """Returns a jitted function that runs an attention kernel forward and backward.
 
   The function is `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`. `y` is the output of the
-  kernel, and `dy` the gradient of a loss by `y`.
+  kernel, and `dy` is the gradient of a loss with respect to `y`.
   """
 
   def run(query, key, value, dy):

@@ -110,8 +110,8 @@ class Pretrained:
     ignored: names of the file's arrays that the model does not use.
     run: facts about the vit_jax run that wrote the weights, such as `config`, `task` and `step`;
       None for other weights.
-    sigmoid: whether the probability of a class is the sigmoid of its logit, as in zero-shot
-      classification with SigLIP.
+    sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
+      only one label. This is True in zero-shot classification with SigLIP.
     multi_label: whether the weights were trained on images that can have several labels.
   """
 
@@ -262,7 +262,7 @@ def check_array(name: str, array: np.ndarray, shape: tuple[int, ...]) -> str | N
 
 
 def write_params(table: Sequence[Row], params: dict) -> dict[str, np.ndarray]:
-  """Converts parameters to `{name in the file: array}`; call `refuse` first."""
+  """Converts parameters to `{name in the file: array}`. First check the model with `refuse`."""
   flat = {
     name: np.asarray(leaf, np.float32) for name, leaf in layouts.flatten_params(params).items()
   }

@@ -128,7 +128,7 @@ class Kind:
 
 
 def complete(config: dict, kind: Kind, origin: str) -> dict:
-  """Returns the config of a model without its head, with defaults for missing fields.
+  """Returns the config of a model's body (see `Kind.body`), with defaults for missing fields.
 
   Args:
     config: content of `config.json`.
@@ -136,7 +136,8 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
     origin: path of the config, for messages.
 
   Raises:
-    ValueError: a field is not supported, is null, or has another type than its default.
+    ValueError: a field is not supported, is null, or is a bool or a string where its default is
+      not, or the reverse.
   """
   config = kind.body(config, origin)
   check_fields(config, kind.defaults, origin)
@@ -169,13 +170,13 @@ def preprocessing(
 ) -> Preprocessing:
   """Returns the preprocessing that the image processor's config in a folder describes.
 
-  The image size in this config is used if it is a multiple of the patch size. The position
-  embeddings can be for another size. For example, DINOv2 has positions for 518 pixels, but expects
+  The image size in this config is used if it is a multiple of the patch size; otherwise, `size` is
+  used. The two sizes can differ. For example, DINOv2 has positions for 518 pixels, but expects
   images of 224 pixels.
 
   Args:
     folder: folder of the weights.
-    size: (height, width) in pixels that the positions are for.
+    size: (height, width) in pixels that the position embeddings are for.
     patch: (height, width) of a patch.
     kind: the kind of the model, which has defaults for missing values.
 

@@ -2,7 +2,7 @@
 
 Decisions:
   * No array in a DINOv3 file shows that its positions are rotary; only the model type implies this.
-    Therefore, `refuse` raises an error before a model with other positions is written as DINOv3.
+    Therefore, only models with `position='rope_unit'` are written as DINOv3.
   * A missing bias is not replaced by zeros, because fine-tuning would change the zeros.
   * DINOv3's `pos_embed_shift`, `_jitter` and `_rescale` are ignored: they act only in pre-training.
   * `layouts.py` describes name tables. The body of a model consists of its embedding and encoder.
@@ -32,7 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of a body, from the file's names of norms and the rows of its MLP."""
+  """Returns a body's name table; `norms` names a block's norms in the file, `mlp` has MLP rows."""
   layer = 'encoder.layer.{i}'
   heads = [
     row

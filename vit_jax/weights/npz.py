@@ -1,9 +1,9 @@
-"""Reads and writes `.npz` files of the paper and of big_vision, whose array names differ.
+"""Reads and writes `.npz` files of the ViT paper and of big_vision, whose array names differ.
 
 Decisions:
   * All models in such files use tanh GELU, epsilon 1e-6 and pixels in [-1, 1]; no file stores this.
   * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
-  * Models of the paper are written with the names of its published files (`OLDER`). Models that
+  * Models of the paper are written with the names of the paper's files (`OLDER`). Models that
     only big_vision has are written with big_vision's names (`NEWER`).
 """
 
@@ -105,7 +105,7 @@ def stem(stages: tuple[int, ...]) -> list[tuple]:
 def table(
   model_fields: dict, spelling: tuple, positions: str, prefix: str = '', scanned: bool = False
 ) -> list[Row]:
-  """Returns the name table of a file; `scanned`: whether each array stacks all blocks' weights."""
+  """Returns a file's name table; `scanned`: whether the file stacks the weights of all blocks."""
   depth = model_fields['depth']
   head = [
     ('cls', 'cls', SAME),
@@ -182,7 +182,7 @@ def read_npz(path: pathlib.Path) -> Weights:
   if 'pre_logits/kernel' in inside:
     fields['representation_size'] = get('pre_logits/kernel').shape[-1]
   if stages is not None:
-    *_, channels, fields['resnet_width'] = check_axes(path, 'root', get('conv_root/kernel'), 4)
+    *_, channels, fields['resnet_width'] = check_axes(path, 'conv_root', get('conv_root/kernel'), 4)
   positions = paper_positions if paper_positions in inside else 'pos_embedding'
   return Weights(
     origin=str(path),
@@ -207,7 +207,7 @@ def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> t
 
 
 def count(inside: set[str], pattern: str) -> int:
-  """Returns how many different texts the group in `pattern` matches in names of arrays."""
+  """Returns the number of different texts that the group of `pattern` matches in array names."""
   return len({match[1] for match in (re.fullmatch(pattern, name) for name in inside) if match})
 
 

@@ -67,13 +67,13 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. None
-      for the grid in the file. If the file stores no grid (npz), None means `grid` if `grid` has as
-      many patches as the file has patch positions, and otherwise a square grid.
+      for the grid in the file. If the file stores no grid (npz), None means `grid` if the file has
+      one position embedding for each patch of `grid`, and otherwise a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
-      or a head for a different number of classes, the model gets a linear head of zeros. The
-      pre-logits layer and the projection are then removed.
+      or a head for a different number of classes, the model gets a linear head of zeros. This
+      new head also replaces the pre-logits layer and the projection.
     resize: how position embeddings are resized to another grid, one of `positions.RESIZES`.
     features: output of a model without a head. `tokens` gives the normalised tokens `[B, N, D]`.
       `pooled` gives one vector for each image `[B, D]`, after the projection if the model has one.
@@ -218,7 +218,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
 
   Raises:
     ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. If
-      neither gives a grid: it does not fit `to.grid`, and is not a square number.
+      both are None, the number neither fits `to.grid` nor is a square number.
   """
   found = [
     array

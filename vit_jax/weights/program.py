@@ -66,7 +66,7 @@ class Program:
     preprocessing: image preprocessing of the model.
     class_names: names of the classes, in the order of the logits; None if they are unknown.
     calibration: settings that turn logits into probabilities.
-    image_NHWC: uint8 sample images, with which int8 measures the ranges of activations.
+    image_NHWC: uint8 sample images, on which the ranges of activations are measured for int8.
   """
 
   model: ViT

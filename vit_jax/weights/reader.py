@@ -87,7 +87,7 @@ def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, 
 
 
 def read_place(place: pathlib.Path, origin: str) -> Weights:
-  """Returns the weights in a local file or folder, using the last entry of `FORMATS` that fits.
+  """Returns the weights in a local file or folder; if several `FORMATS` fit, the last one is used.
 
   Args:
     place: the file or folder.

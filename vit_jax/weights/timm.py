@@ -1,8 +1,8 @@
 """Reads and writes timm's `VisionTransformer` and `Eva`: `model.safetensors` and `config.json`.
 
 Decisions:
-  * The value of an argument comes from the config's `model_args`. If an argument is missing there,
-    its value comes from the architecture name (`timm_names.py`), or else from timm's defaults.
+  * The arguments of timm's class come from the config's `model_args`. If an argument is missing
+    there, it comes from the architecture name (`timm_names.py`), or else from timm's defaults.
   * A written config names an architecture that timm knows, and lists every argument, so that timm
     ignores the defaults of the architecture. A config has no arguments for the norm and the kind of
     gated MLP. So the named architecture must be one that has the right norm and MLP.

@@ -1,9 +1,9 @@
 """Translates timm's names to arguments of timm's classes, and the arguments to attributes of `ViT`.
 
 A name has a size, a patch size, tags and a resolution: `vit_base_patch16_clip_224`. Reading a file
-needs the name, because the arrays do not show the activation. They also do not show the number of
-heads if q, k and v are fused. The tables are from timm 1.0.31, without models that `ViT` does not
-cover (parallel blocks, RMSNorm). `norm_epsilon` and `mlp_layer` replace Python objects of timm.
+needs the name, because the arrays show neither the activation nor, in most models, the number of
+heads. The tables are from timm 1.0.31, without models that `ViT` does not cover (parallel blocks,
+RMSNorm). The number `norm_epsilon` and the name `mlp_layer` stand for Python objects in timm.
 """
 
 import re

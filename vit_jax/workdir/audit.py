@@ -1,19 +1,20 @@
 """Finds mistakes in data: rare classes, copies, unreadable files, examples that were trained on.
 
 Decisions:
-  * Tests: in data sets without files (digits, TFDS), `check_untrained` refuses examples that were
-    trained on. In other data sets, `trained.leave_out_trained` removes them. Validation:
-    `open_validation` removes such files, or keeps the examples with a warning.
+  * A test must not use examples that the weights were trained on. In data sets of files,
+    `trained.leave_out_trained` removes these files. In data sets without files (digits, TFDS),
+    `check_untrained` raises an error. In a validation split, `open_validation` removes such files,
+    or keeps the examples with a warning.
   * All other checks are for data sets of files, and are done before training.
   * These other checks only log warnings. They change nothing, and training continues.
   * Only cheap checks are done. To find copies, a file is read only if a file of another split has
     the same size in bytes. With more than `MOST_FILES` files, no file is read at all. If the search
     for copies would read more than `MOST_BYTES`, it is skipped. The log reports both cases.
     Files in a bucket are not read.
-  * A copy with the same name as its original is not reported. Evaluation recognises it by this name
-    as a training file, and leaves it out.
-  * If images are streamed, unreadable images are found from the header of each file. Images kept in
-    memory need no check, because they are all decoded before training.
+  * A copy with the same name as its original is not reported. If the original is a training file,
+    evaluation recognises the copy by this name, and leaves it out.
+  * If images are streamed (decoded during training), unreadable images are found from the header of
+    each file. Images kept in memory need no check, because they are all decoded before training.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ MOST_BYTES = 2**28  # maximum number of bytes that are read to find copies
 class File:
   """Properties by which files are compared.
 
-  A file and a link to it count as the same file only if their names have the same hash.
+  A file and a link to it are equal if their names have the same hash. A link with a different name
+  counts as a copy.
 
   Attributes:
     hash: hash of the file name, as in `folder.Files`.
@@ -209,7 +211,7 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
   Args:
     source: dataset of the test.
     split: the test split, in TFDS notation.
-    names: training files and splits of the weights.
+    names: files and splits that the weights were trained on.
   """
   if trained_on := overlapping(source, split, names.all_splits):
     raise ValueError(
@@ -222,14 +224,14 @@ def check_untrained(source: Source, split: str, names: TrainingFiles) -> None:
 def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
   """Returns the data set of a validation split without files that the weights were trained on.
 
-  If the `init` weights or the teacher were trained on all files of the split, e.g. without labels,
-  the files stay. In data sets without files, the examples stay too. In both cases, a warning is
-  logged. The run is not refused, because its test is still valid.
+  If the `init` weights or the teacher were trained on all files of the split, e.g. in pre-training
+  without labels, the files stay. In data sets without files, the examples stay too. In both cases,
+  a warning is logged. The run is not refused, because its test is still valid.
 
   Args:
     source: dataset of the run.
     split: the validation split, in TFDS notation.
-    names: training files and splits of the weights.
+    names: files and splits that the weights were trained on.
 
   Raises:
     ValueError: the run itself trains on all files of the split.
@@ -255,9 +257,9 @@ def open_validation(source: Source, split: str, names: TrainingFiles) -> Source:
 
 
 def overlapping(source: Source, split: str, others: Sequence[tuple[str, str]]) -> str:
-  """Finds the first of the `(data.source, split)` pairs that shares examples with `split`.
+  """Returns the first split in `others` that shares examples with `split`; '' if there is none.
 
-  The result is the split of this pair; '' without such a pair, and for data sets with files.
+  `others` contains pairs `(data.source, split)`. For data sets with files, the result is always ''.
   """
   for spec, other in () if source.files else others:
     if spec == source.spec and overlap(source.pieces(split), source.pieces(other)):

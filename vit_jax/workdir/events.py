@@ -22,7 +22,7 @@ class Events:
   def __init__(self, folder: pathlib.Path, start: int):
     """Opens a new event file.
 
-    In older event files, TensorBoard then ignores step `start` and all later steps.
+    The file makes TensorBoard ignore step `start` and all later steps in older event files.
     """
     self._folder, self._flushed = folder, time.monotonic()
     with storage.writing(folder):

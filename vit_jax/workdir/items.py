@@ -84,7 +84,10 @@ def condemning(checkpoint: pathlib.Path) -> Iterator[None]:
 
 
 def check_process() -> None:
-  """Raises an error if this process cannot save and read a small checkpoint of its own."""
+  """Raises an error if this process cannot save and read a small checkpoint of its own.
+
+  Such a process cannot decide whether the files of another checkpoint are damaged.
+  """
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder).resolve() / 'probe'
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
@@ -94,7 +97,7 @@ def check_process() -> None:
 
 
 def digest(item) -> str:
-  """Returns the SHA-256 of a checkpoint's item: JSON, or a tree of NumPy arrays.
+  """Returns the SHA-256 of a checkpoint's item, which is JSON or a tree of NumPy arrays.
 
   The hash of a tree covers the names, types, shapes and bytes of the arrays.
   """

@@ -81,7 +81,7 @@ def holds_shards(tree) -> bool:
 
 
 def rest(state) -> dict:
-  """Returns the parts of a training state that belong to the item `state`, without `params`."""
+  """Returns the parts of a training state in the item `state`; `params` is a separate item."""
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 

@@ -38,9 +38,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 
 def all_steps(workdir: pathlib.Path) -> list[int]:
-  """Returns the steps of all checkpoints with a final name, newest first.
+  """Returns the steps of all checkpoints that orbax counts as complete, newest first.
 
-  Unlike `saved_steps`, the list includes checkpoints without `digests.json`.
+  Unlike `saved_steps`, the list includes checkpoints that `digests.counts` rejects, because their
+  `digests.json` is missing.
   """
   folder = directory(workdir)
   if not folder.exists():

@@ -130,7 +130,7 @@ class TrainingFiles:
 
 
 def training_files_of(workdir: pathlib.Path) -> TrainingFiles | None:
-  """Loads from the newest checkpoint of a run on which files the run was trained.
+  """Returns the files and splits that a run was trained on, read from its newest checkpoint.
 
   Without a checkpoint, the result has no files. The result is None if the run trained on an image
   folder, but did not record the files.
@@ -187,8 +187,8 @@ def hash_training_files(
   own = [np.setdiff1d(found_N, shared_N)]
   if len(shared_N):
     log.info(
-      '%d of %d names of training files are also names of held-out files. The content of files '
-      'with these names decides whether a file is a training file.',
+      '%d of %d names of training files are also names of held-out files. Files with '
+      'these names are identified by their content.',
       len(shared_N),
       len(found_N),
     )
@@ -223,7 +223,7 @@ def known(files: Files, names: TrainingFiles) -> np.ndarray:
 
   Args:
     files: N files.
-    names: training files of the weights.
+    names: files that the weights were trained on.
   """
   found_N = np.isin(files.hash_N, names.all_N)
   index_N = np.flatnonzero(~found_N & np.isin(files.hash_N, names.shared_N))
@@ -242,7 +242,7 @@ def leave_out_trained(source: Source, split: str, names: TrainingFiles) -> tuple
   Args:
     source: dataset of the test or the validation.
     split: the held-out split, in TFDS notation.
-    names: training files of the weights.
+    names: files that the weights were trained on.
 
   Returns:
     The data set without these files, and the number of left-out files.
