@@ -121,7 +121,10 @@ def test_expensive_searches_are_skipped_and_reported(tmp_path, monkeypatch):
     patched.setattr(audit, 'MOST_BYTES', 10)
     assert 'could be copies. They were not compared' in found(tmp_path)[0]
   monkeypatch.setattr(audit, 'MOST_FILES', 10)
-  assert 'more than 10 files, so splits were not searched for copies' in found(tmp_path)[0]
+  (warning,) = found(tmp_path)
+  assert warning.endswith('more than 10 files, so splits were not searched for copies.')
+  (warning,) = found(tmp_path, streamed=True)
+  assert warning.endswith('were not searched for copies or unreadable images.')
 
 
 def test_a_missing_file_is_left_to_the_decoder(tmp_path):

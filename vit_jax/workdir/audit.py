@@ -86,8 +86,9 @@ def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str
   hashes = {split: hashes_of(source, split) for split in splits}
   everything = dict(itertools.chain.from_iterable(own.items() for own in hashes.values()))
   if len(everything) > MOST_FILES:
+    unchecked = 'copies or unreadable images' if streamed else 'copies'
     yield (
-      f'{source.spec}: more than {MOST_FILES:,} files, so splits were not searched for copies.'
+      f'{source.spec}: more than {MOST_FILES:,} files, so splits were not searched for {unchecked}.'
     )
     return
   with (
