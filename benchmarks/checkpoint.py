@@ -7,8 +7,8 @@ The benchmark saves the training state of a model, first in a run with one proce
 with two processes. The state of B/16 has 1.4 GB, including Adam's moments and the averaged weights.
 Each process has two devices, and the state is sharded over all devices of the run (fsdp). Each run
 is measured with two methods of saving:
-  * `shards`: the present method, if all processes can write to the workdir. Each process saves its
-    part of the arrays. A single process copies its arrays, and orbax saves the copies in a thread.
+  * `shards`: the present method, if all processes can write to the workdir. Each process copies its
+    part of the arrays, and orbax saves the copies in a thread.
   * `gathered`: the method of version 0.1. All processes gather the whole arrays, and process 0
     computes their SHA-256. If some process cannot write to the workdir, the present version also
     gathers the arrays, but computes no SHA-256.

@@ -1,5 +1,6 @@
 """Checks runs of several real processes: failures, preemption, start-up and shared values."""
 
+import concurrent.futures
 import json
 import os
 import re
@@ -561,6 +562,21 @@ def test_a_process_at_a_barrier_learns_that_another_one_failed(service, failure,
   with pytest.raises(ValueError, match=f'process 0: {type(failure).__name__}: ') as caught:
     waiting.barrier(key='save', timeout_ms=60_000)
   assert storage.exit_code(caught.value) == code and service.now < 1
+
+
+def test_a_process_that_waits_for_its_own_thread_learns_that_another_one_failed(service):
+  finished, endless = concurrent.futures.Future(), concurrent.futures.Future()
+  waiting = agreement.Agreement()
+
+  def fail():
+    finished.set_result(7)
+    raise OSError('disk full')
+
+  with pytest.raises(OSError):  # with one name, this stands for another process
+    waiting.reporting(fail)()
+  assert waiting.result(finished) == 7
+  with pytest.raises(ValueError, match='process 0: OSError: disk full'):
+    waiting.result(endless)
 
 
 def test_check_same_names_the_process_and_the_difference(monkeypatch):

@@ -3,15 +3,20 @@
     python -m tests.workdir.sharded save <folder> <fsdp> <devices> <port> <processes> <number>
 
 `restore` compares each number with the saved one. `full` saves, and process 1 cannot write.
-`damaged` restores a checkpoint that must be found damaged. It prints one line for each process.
+`refused` saves, and process 1 fails before it starts to write. `damaged` restores a checkpoint that
+must be found damaged. Each process prints one line.
 """
 
+import errno
+import os
 import resource
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from tests.conftest import small_config
 from vit_jax import bucket, experiment
@@ -39,6 +44,10 @@ def same_bits(array: jax.Array, whole: np.ndarray) -> bool:
   return array.dtype == whole.dtype and all(a.tobytes() == b.tobytes() for a, b in parts)
 
 
+def refuse(*_, **__):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
   jax.config.update('jax_num_cpu_devices', int(devices))
   if int(processes) > 1:
@@ -48,9 +57,11 @@ def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
   if action == 'full' and number == '1':
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+  if action == 'refused' and number == '1':
+    ocp.CheckpointManager.save = refuse
   with Checkpoints(folder) as checkpoints:
     try:
-      if action in ('save', 'full'):
+      if action in ('save', 'full', 'refused'):
         checkpoints.save(state, FACTS | {'names': TrainingFiles().item()})
         checkpoints.wait()
         print('saved')
@@ -60,7 +71,10 @@ def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
         lies = jax.tree.map(lambda x, wanted: x.sharding == wanted, found, layout(mesh, arrays()))
         print('same' if jax.tree.all((same, lies)) and config['seconds'] == 1.5 else 'different')
     except (ValueError, OSError) as error:
-      print(f'{type(error).__name__}: {error}')
+      print(f'{type(error).__name__}: {error}', flush=True)
+      if action == 'refused':  # exits as `joining` does, without waiting for orbax's thread
+        time.sleep(1 - int(number))  # process 0 exits last
+        os._exit(0)
 
 
 if __name__ == '__main__':

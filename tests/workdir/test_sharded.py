@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -101,4 +102,14 @@ def test_all_processes_report_that_one_cannot_write(tmp_path):
   said = run('full', tmp_path / 'run', 4, 2, 2)
   for text in said:
     assert text.startswith('Unwritten: Cannot write') and 'File too large' in text, said
+  assert stored.saved_steps(tmp_path / 'run') == []
+
+
+@pytest.mark.slow
+def test_a_process_does_not_wait_for_one_that_failed_before_writing(tmp_path):
+  began = time.monotonic()
+  said = run('refused', tmp_path / 'run', 4, 2, 2)
+  assert time.monotonic() - began < 60  # orbax would wait for 5 minutes
+  for text in said:
+    assert text.startswith('Unwritten: Cannot write') and 'No space left' in text, said
   assert stored.saved_steps(tmp_path / 'run') == []

@@ -11,6 +11,7 @@ Decisions:
 
 import collections
 from collections.abc import Callable
+import concurrent.futures
 import functools
 import itertools
 import json
@@ -68,10 +69,24 @@ class Agreement:
       except jax.errors.JaxRuntimeError as error:
         if 'DEADLINE_EXCEEDED' not in str(error):
           raise
-      for _, failed in self._client.key_value_dir_get(f'{self._name}/failed'):
-        raise told(*json.loads(failed))
+      self._raise_failure()
       if time.monotonic() > until:
         raise TimeoutError('another process did not finish writing the checkpoint in time')
+
+  def result(self, future: concurrent.futures.Future) -> object:
+    """Waits for a future of this process, and returns its result.
+
+    Raises:
+      ValueError: another process has failed. The future may then never finish.
+    """
+    while not concurrent.futures.wait([future], POLL / 1000).done:
+      if self._client is not None:
+        self._raise_failure()
+    return future.result()
+
+  def _raise_failure(self):
+    for _, failed in self._client.key_value_dir_get(f'{self._name}/failed'):
+      raise told(*json.loads(failed))
 
   def reporting(self, function: Callable) -> Callable:
     """Wraps `function` so that its errors are also sent to the other processes."""

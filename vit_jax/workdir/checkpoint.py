@@ -16,8 +16,8 @@ Decisions:
     are gathered, and process 0 writes them.
   * On a CPU, orbax writes a copy of the train state, made by `copy_state`. So the next training
     step can overwrite the state while orbax writes.
-  * A run with a single process on a CPU calls orbax in a thread. Training waits only until the copy
-    is made.
+  * On a CPU, orbax is called in a thread, because this call takes longer than the copy. So training
+    waits only until the copy is made.
   * Checkpoints do not record the devices that held an array. With such a record, orbax would need a
     description of the new layout to restore the array on other devices.
   * The checksums are written before orbax gives a checkpoint its final name. So a checkpoint with a
@@ -62,12 +62,12 @@ class Checkpoints:
     self._accuracies = dict(from_first(lambda: list(stored.accuracies(workdir).items())))
     self._shared = is_shared(workdir)
     self._thread, self._handover = concurrent.futures.ThreadPoolExecutor(1), None
+    self._agreement = Agreement()
     self._copy, kept = None, (keep, self._accuracies, finished)
     from_first(lambda: stored.directory(workdir).mkdir(parents=True, exist_ok=True))
     if self._shared:
-      agreement = Agreement()
-      complete = agreement.reporting(self._add_digests)
-      self._manager = open_manager(workdir, *kept, complete, agreement)
+      complete = self._agreement.reporting(self._add_digests)
+      self._manager = open_manager(workdir, *kept, complete, self._agreement)
     elif is_first():
       self._manager = open_manager(workdir, *kept, self._add_digests)
 
@@ -83,7 +83,7 @@ class Checkpoints:
       try:
         self._end_handover()
       finally:
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False)  # after an error, it may still wait for another process
         self._manager.close()  # waits until the last checkpoint is written
 
   def latest(self) -> int | None:
@@ -136,8 +136,8 @@ class Checkpoints:
         config=ocp.args.JsonSave(facts | {'format': digests.FORMAT}),
       ),
     )
-    if on_cpu and jax.process_count() == 1:
-      self._handover = self._thread.submit(save)
+    if on_cpu:
+      self._handover = self._thread.submit(self._agreement.reporting(save))
       return
     with saving(self._workdir):
       save()
@@ -169,7 +169,7 @@ class Checkpoints:
     """Waits until the thread has passed the last checkpoint's arrays to orbax."""
     handover, self._handover = self._handover, None
     if handover is not None:
-      handover.result()
+      self._agreement.result(handover)
 
   def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.

@@ -71,7 +71,9 @@ def open_manager(
   """
   kept = [policies.LatestN(max(keep, 1)), Best(scored), policies.CustomSteps(finished)]
   set_array_handler()  # before the handlers are created
-  everyone = ocp.options.MultiprocessingOptions()
+  # With a set of processes, orbax waits for them by JAX's coordination service. Otherwise, it would
+  # use collective operations, which a thread must not use while the run trains.
+  everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
   who = {'multiprocessing_options': everyone if agreement else items.ALONE}
   handlers = {
     **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
