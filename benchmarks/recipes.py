@@ -74,9 +74,7 @@ RECIPES = {
   'cifar10_coffee': Recipe(
     'configs/cifar10.py:coffee', {'model.dtype': 'bfloat16'}, 3, 'cpu', 15, 0.81, 0.84, ''
   ),
-  'cifar10_laptop': Recipe(
-    'configs/cifar10.py:laptop', {'model.dtype': 'bfloat16'}, 3, 'cpu', 45, 0.85, 0.88, ''
-  ),
+  'cifar10_laptop': Recipe('configs/cifar10.py:laptop', {}, 3, 'cpu', 45, 0.85, 0.88, ''),
   'cifar10_tiny_20': Recipe(
     'configs/cifar10.py:tiny', {'epochs': 20, 'augment.rand_augment.num_layers': 0}, 3,
     'cpu', 20, 0.75, 0.77, '70% at epoch 30',
