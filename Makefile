@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test test-slow test-long test-all test-demo peers lint onnx gcs docs pages compilers results-cpu results-gpu
-.PHONY: test-hardware gpu gpu-pack clean
+.PHONY: test-compile test-slices gpu gpu-pack clean
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -67,10 +67,12 @@ compilers: .compilers/installed
 	.compilers/bin/pip install --quiet --no-deps jax-cuda12-plugin==$(CUDA) jax-cuda12-pjrt==$(CUDA)
 	touch $@
 
-# Compiles two training steps for an H200 and compares them with results/compiled.json. Then runs
-# every slice of `make gpu` at toy size.
-test-hardware: compilers peers
+# Compiles two training steps for an H200, and compares them with results/compiled.json.
+test-compile: compilers
 	JAX_PLATFORMS=cpu .compilers/bin/python -m benchmarks.compile --check
+
+# Runs every slice of `make gpu` at toy size, on a CPU.
+test-slices: peers
 	$(RUN) -m benchmarks.gpu --toy --results="$$(mktemp -d)"
 
 lint: $(VENV)/installed

@@ -300,11 +300,3 @@ def test_a_machine_without_a_gpu_is_refused_before_any_slice(tmp_path, monkeypat
     gpu.main([f'--results={tmp_path / "results"}'])
   assert 'JAX finds no GPU here; install' in capsys.readouterr().err
   assert not (tmp_path / 'results').exists()
-
-
-@pytest.mark.slow
-def test_toy_slices_finish(tmp_path):
-  command = [sys.executable, '-m', 'benchmarks.gpu', '--toy', f'--results={tmp_path}']
-  for name in ('attention', 'small'):  # `make test-hardware` runs all slices
-    subprocess.run([*command, f'--slice={name}'], cwd=gpu.ROOT, check=True, capture_output=True)
-    assert gpu.state_of(name, tmp_path) == 'finished'
