@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -539,7 +540,7 @@ def service(monkeypatch):
 
 def test_a_process_waits_at_each_barrier_until_its_time_limit(service):
   process_0 = agreement.Agreement()
-  place = f'{process_0._name}/save'
+  place = f'{process_0.name}/save'
   service.values[f'{place}/1/1'] = ''  # process 1 has reached the barrier once
   process_0.barrier(key='save', timeout_ms=3000)
   assert f'{place}/1/all' in service.values and service.now == 0
@@ -566,17 +567,17 @@ def test_a_process_at_a_barrier_learns_that_another_one_failed(service, failure,
 
 def test_a_process_that_waits_for_its_own_thread_learns_that_another_one_failed(service):
   finished, endless = concurrent.futures.Future(), concurrent.futures.Future()
+  finished.set_result(7)
   waiting = agreement.Agreement()
-
-  def fail():
-    finished.set_result(7)
-    raise OSError('disk full')
-
-  with pytest.raises(OSError):  # with one name, this stands for another process
-    waiting.reporting(fail)()
+  service.values[f'{waiting.name}/failed/0'] = json.dumps(['process 0: disk full', 2])
   assert waiting.result(finished) == 7
-  with pytest.raises(ValueError, match='process 0: OSError: disk full'):
+  timer = threading.Timer(1, lambda: endless.set_exception(OSError('disk full')))
+  timer.start()
+  with pytest.raises(OSError):  # the own error, not the report of it
     waiting.result(endless)
+  service.values[f'{waiting.name}/failed/1'] = json.dumps(['process 1: disk full', 2])
+  with pytest.raises(ValueError, match='process 1: disk full'):
+    waiting.result(concurrent.futures.Future())
 
 
 def test_check_same_names_the_process_and_the_difference(monkeypatch):

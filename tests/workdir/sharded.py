@@ -72,9 +72,9 @@ def main(action, folder, fsdp, devices, port='', processes='1', number='0'):
         print('same' if jax.tree.all((same, lies)) and config['seconds'] == 1.5 else 'different')
     except (ValueError, OSError) as error:
       print(f'{type(error).__name__}: {error}', flush=True)
-      if action == 'refused':  # exits as `joining` does, without waiting for orbax's thread
-        time.sleep(1 - int(number))  # process 0 exits last
-        os._exit(0)
+  if action == 'refused':  # exits as `joining.leave` does, without waiting for the thread of orbax
+    time.sleep(1 - int(number))  # process 0 exits last
+    os._exit(0)
 
 
 if __name__ == '__main__':

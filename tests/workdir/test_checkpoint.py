@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 
 from tests.conftest import ROOT, small_config
 from vit_jax import experiment, storage
+from vit_jax.distributed import agreement
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
 from vit_jax.workdir import checkpoint, digests, items, restoring, stored, trained, writer
@@ -80,6 +81,27 @@ def test_training_overwrites_a_state_before_orbax_takes_it_over(tmp_path, monkey
     saved = ocp.StandardCheckpointer().restore(tmp_path / f'checkpoints/{step}/params')
     np.testing.assert_array_equal(saved['w'], np.arange(6.0) + step - 1)
     np.testing.assert_array_equal(saved['b'], np.full((3, 2), step))
+
+
+def test_an_interrupt_while_orbax_takes_over_the_arrays_loses_no_checkpoint(tmp_path, monkeypatch):
+  go, interrupts = threading.Event(), [KeyboardInterrupt]
+  save, result = ocp.CheckpointManager.save, agreement.Agreement.result
+  monkeypatch.setattr(
+    ocp.CheckpointManager, 'save', lambda *args, **kwargs: go.wait() and save(*args, **kwargs)
+  )
+
+  def interrupted(self, future):
+    if interrupts:
+      threading.Timer(0.5, go.set).start()
+      raise interrupts.pop()
+    return result(self, future)
+
+  monkeypatch.setattr(agreement.Agreement, 'result', interrupted)
+  now = state.TrainState(jnp.int32(1), {'w': jnp.ones(3)}, {}, None)
+  with pytest.raises(KeyboardInterrupt), checkpoint.Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(now, {'config': {}, 'names': trained.TrainingFiles().item()})
+    checkpoints.wait()
+  assert stored.saved_steps(tmp_path) == [1]
 
 
 def test_an_error_while_orbax_takes_over_the_arrays_is_raised(tmp_path, monkeypatch):

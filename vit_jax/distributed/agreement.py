@@ -1,9 +1,10 @@
 """Synchronizes the processes that save one checkpoint, and stops all of them if one fails.
 
 Decisions:
-  * Orbax's own barrier does not notice that a process has failed, so the other processes would wait
-    until its time limit of 20 minutes. A process that waits at the barrier of this module checks
-    twice a second whether another process has failed.
+  * Orbax's own barriers do not notice that a process has failed, so the other processes would wait
+    until their time limit of 5 or 20 minutes. A process that waits at the barrier of this module
+    checks twice a second whether another process has failed. Before orbax writes, it uses its own
+    barriers. If a thread waits there, `result` lets the main thread go on.
   * Orbax waits in a background thread while training uses the devices. A barrier that is made of
     collective operations would need the devices at the same time. So this barrier uses JAX's
     coordination service.
@@ -38,7 +39,7 @@ class Agreement:
 
   def __init__(self):
     self._calls = collections.Counter()
-    self._name = f'vit_jax/saving/{next(NUMBERS)}'
+    self.name = f'vit_jax/saving/{next(NUMBERS)}'
     self._client = multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
 
   def barrier(self, *, key: str, timeout_ms: int) -> None:
@@ -51,7 +52,7 @@ class Agreement:
     if self._client is None:
       return
     self._calls[key] += 1  # orbax uses some keys more than once
-    place = f'{self._name}/{key}/{self._calls[key]}'
+    place = f'{self.name}/{key}/{self._calls[key]}'
     until = time.monotonic() + timeout_ms / 1000
     self._client.key_value_set(f'{place}/{jax.process_index()}', '')
     if jax.process_index():
@@ -74,19 +75,24 @@ class Agreement:
         raise TimeoutError('another process did not finish writing the checkpoint in time')
 
   def result(self, future: concurrent.futures.Future) -> object:
-    """Waits for a future of this process, and returns its result.
+    """Waits for a future of this process, and returns its result or raises its error.
 
     Raises:
-      ValueError: another process has failed. The future may then never finish.
+      ValueError: another process has failed. The thread of the future may then still wait for it.
     """
+    own = self._failure_of(jax.process_index())
     while not concurrent.futures.wait([future], POLL / 1000).done:
       if self._client is not None:
-        self._raise_failure()
+        self._raise_failure(ignored=own)  # the future is about to raise the own error
     return future.result()
 
-  def _raise_failure(self):
-    for _, failed in self._client.key_value_dir_get(f'{self._name}/failed'):
-      raise told(*json.loads(failed))
+  def _failure_of(self, process):
+    return f'{self.name}/failed/{process}'
+
+  def _raise_failure(self, ignored=None):
+    for place, failed in self._client.key_value_dir_get(f'{self.name}/failed'):
+      if place != ignored:
+        raise told(*json.loads(failed))
 
   def reporting(self, function: Callable) -> Callable:
     """Wraps `function` so that its errors are also sent to the other processes."""
@@ -99,7 +105,7 @@ class Agreement:
         if self._client is not None:
           text = f'process {jax.process_index()}: {type(error).__name__}: {error}'[:1000]
           failed = json.dumps([text, code_after(error)])
-          place = f'{self._name}/failed/{jax.process_index()}'
+          place = self._failure_of(jax.process_index())
           self._client.key_value_set(place, failed, allow_overwrite=True)
         raise
 

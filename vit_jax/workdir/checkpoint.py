@@ -17,7 +17,7 @@ Decisions:
   * On a CPU, orbax writes a copy of the train state, made by `copy_state`. So the next training
     step can overwrite the state while orbax writes.
   * On a CPU, orbax is called in a thread, because this call takes longer than the copy. So training
-    waits only until the copy is made.
+    waits only until the copy is made and, if arrays are gathered, until they are gathered.
   * Checkpoints do not record the devices that held an array. With such a record, orbax would need a
     description of the new layout to restore the array on other devices.
   * The checksums are written before orbax gives a checkpoint its final name. So a checkpoint with a
@@ -111,8 +111,8 @@ class Checkpoints:
 
     Raises:
       FloatingPointError: a parameter is not finite; nothing is written.
-      storage.Unwritten: this process cannot write this checkpoint or the previous one.
-      ValueError: another process cannot write one of these two checkpoints.
+      storage.Unwritten, ValueError: a process cannot write the previous checkpoint. On GPUs and
+        TPUs, the error can also be about this checkpoint. On a CPU, the next call raises it.
     """
     step = int(to_host(state.step))
     check_finite(state.params, step)
@@ -153,8 +153,7 @@ class Checkpoints:
     """Waits, in all processes, until the last checkpoint is on disk.
 
     Raises:
-      storage.Unwritten: this process cannot write the checkpoint.
-      ValueError: another process cannot write the checkpoint.
+      storage.Unwritten, ValueError: a process cannot write the checkpoint.
     """
     together(self._wait)
 
@@ -169,7 +168,11 @@ class Checkpoints:
     """Waits until the thread has passed the last checkpoint's arrays to orbax."""
     handover, self._handover = self._handover, None
     if handover is not None:
-      self._agreement.result(handover)
+      try:
+        self._agreement.result(handover)
+      except KeyboardInterrupt:
+        self._handover = handover  # `__exit__` waits for it
+        raise
 
   def restore(self, like) -> tuple[object, dict]:
     """Restores the training state and the item `config` of the newest checkpoint.

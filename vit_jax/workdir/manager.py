@@ -71,10 +71,7 @@ def open_manager(
   """
   kept = [policies.LatestN(max(keep, 1)), Best(scored), policies.CustomSteps(finished)]
   set_array_handler()  # before the handlers are created
-  # With a set of processes, orbax waits for them by JAX's coordination service. Otherwise, it would
-  # use collective operations, which a thread must not use while the run trains.
-  everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-  who = {'multiprocessing_options': everyone if agreement else items.ALONE}
+  who = {'multiprocessing_options': everyone(agreement) if agreement else items.ALONE}
   handlers = {
     **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
     'config': ocp.JsonCheckpointHandler(**who),
@@ -84,7 +81,7 @@ def open_manager(
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policies.AnyPreservationPolicy(kept),
     cleanup_tmp_directories=True,
-    create=False,  # orbax requires this if not all processes use the manager
+    create=False,  # orbax requires this, because `who` lists processes
     async_options=ocp.options.AsyncOptions(
       create_directories_asynchronously=False,  # its threads would wait for minutes after an error
       post_finalization_callback=before_commit,
@@ -99,6 +96,18 @@ def open_manager(
       f'orbax cannot open {stored.directory(workdir)}: {error}. If a checkpoint in this folder is '
       'damaged, move it away. The same command then resumes from the newest remaining checkpoint.'
     ) from error
+
+
+def everyone(agreement: Agreement) -> ocp.options.MultiprocessingOptions:
+  """Returns the options for all processes.
+
+  If the options list the processes, orbax waits for them by JAX's coordination service. Otherwise,
+  it would use collective operations, which a thread must not use while the run trains. The prefix
+  keeps the barriers of two managers apart.
+  """
+  return ocp.options.MultiprocessingOptions(
+    active_processes=set(range(jax.process_count())), barrier_sync_key_prefix=agreement.name
+  )
 
 
 @functools.cache
