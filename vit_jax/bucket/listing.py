@@ -140,9 +140,9 @@ def keeping_lists(folder: pathlib.Path) -> Iterator[None]:
 
 
 def kept_lists() -> dict[str, bytes]:
-  """Returns {file name: content} of a cache file for each folder that was listed.
+  """Returns a dict `{file name: content}` with one cache file for each listed folder.
 
-  Folders that were listed before `keeping_lists` was last entered are not included.
+  It includes only the folders that were listed since `keeping_lists` was last entered.
   """
   return {
     file_of(name): gzip.compress(json.dumps({'path': name, 'sizes': tree.sizes}).encode(), mtime=0)

@@ -64,7 +64,7 @@ class Plan:
     return step * self.stride + np.arange(self.rows)
 
   def examples(self, position_N: np.ndarray) -> np.ndarray:
-    """Returns the indices of the examples at the positions `position_N` of the sequence: `[N]`."""
+    """Returns the indices `[N]` of the examples at positions `position_N` in the sequence."""
     if self.seed is None:
       return np.minimum(position_N, self.size - 1)
     epoch_N, offset_N = np.divmod(position_N, self.size)

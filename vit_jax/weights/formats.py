@@ -110,8 +110,8 @@ class Pretrained:
     ignored: names of the file's arrays that the model does not use.
     run: facts about the vit_jax run that wrote the weights, such as `config`, `task` and `step`;
       None for other weights.
-    sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
-      only one label. This is True in zero-shot classification with SigLIP.
+    sigmoid: True if each image has one label, but the probability of a class is the sigmoid of its
+      logit instead of a softmax. This is so in zero-shot classification with SigLIP.
     multi_label: whether the weights were trained on images that can have several labels.
   """
 

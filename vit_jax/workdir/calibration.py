@@ -27,8 +27,8 @@ class Calibration:
     thresholds: for each class, the smallest probability at which the class is predicted; None for
       models that predict exactly one class.
     examples: number of validation examples; 0 if nothing was fitted.
-    sigmoid: whether the probability of a class is the sigmoid of its logit, although an image has
-      only one label. This is True in zero-shot classification with SigLIP.
+    sigmoid: True if each image has one label, but the probability of a class is the sigmoid of its
+      logit instead of a softmax. This is so in zero-shot classification with SigLIP.
   """
 
   temperature: float = 1.0
