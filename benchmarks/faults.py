@@ -96,7 +96,8 @@ def finish(workdir: pathlib.Path, processes: int, flags: Sequence[str] = FLAGS) 
     process.join(600)
     if process.exitcode != 0:
       raise SystemExit(
-        f'{workdir}: training failed with exit code {process.exitcode}; see the log next to it.'
+        f'{workdir}: training failed with exit code {process.exitcode}. See the log next to this '
+        'folder.'
       )
 
 

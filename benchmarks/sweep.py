@@ -97,7 +97,9 @@ def pflops_of(config: str, overrides: dict[str, str]) -> float:
   whole = config_lib.override_all(cli.load_file(config), overrides)
   flops = summary_of(Request(config=whole)).run_flops
   if flops is None:
-    raise SystemExit(f'error: data.source={whole.data.source} was not found, so FLOPs are unknown.')
+    raise SystemExit(
+      f'error: data.source={whole.data.source} was not found. The FLOPs depend on its size.'
+    )
   return flops / 1e15
 
 

@@ -132,7 +132,10 @@ WRONG = [
     dict(logit_scale=np.array(4.6052)),
     'looks like the logarithm.*the factor itself: 100.003',
   ),
-  (dict(logit_scale=np.array(-1.0)), r'logit_scale=-1: expected the factor.*from 7 to 1000\.$'),
+  (
+    dict(logit_scale=np.array(-1.0)),
+    r'logit_scale=-1: expected a number from 7 to 1000, .* multiplied\.$',
+  ),
   (dict(logit_scale=np.array(2.7e43)), r'logit_scale=2.7e\+43'),
   (dict(logit_scale=np.array(np.inf)), 'logit_scale: expected one finite number, .* inf'),
   (dict(logit_scale=np.ones(3)), r'logit_scale: expected one finite number, got float64 \[3\]'),

@@ -153,7 +153,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-  """Raises ValueError if a required flag of the mode is missing; `--init` can replace it."""
+  """Raises ValueError if a required flag of the mode is missing, and `--init` too."""
   flags = MODES[args.mode].flags
   for flag in flags:
     if flag.required and not getattr(args, flag.name) and not args.init:

@@ -96,7 +96,7 @@ def check_overrides(overrides: Mapping[str, str], measures: bool) -> None:
   if overrides and not measures:
     raise ValueError(
       f'--config.{next(iter(overrides))} has no effect: an export in float32 reads no images. '
-      'Remove this flag, or choose a --precision whose accuracy is measured, such as fp16.'
+      'Remove this flag, or choose a --precision such as fp16, which is measured on images.'
     )
 
 

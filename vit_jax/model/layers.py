@@ -67,8 +67,8 @@ class Dense(nn.Module):
     axes: number of axes over which the product sums; they are the last axes of x.
     use_bias: whether b is added.
     dtype: type of the computation; parameters are float32.
-    kernel_init: initializer. It is called with the shape (number of inputs, number of outputs),
-      the products of `inputs` and of `features`. The result is reshaped to the kernel's shape.
+    kernel_init: initializer. It is called with the shape of a matrix: the product of `inputs` by
+      the product of `features`. The result is reshaped to the kernel's shape.
     bias_init: initializer of the bias.
   """
 

@@ -158,9 +158,9 @@ def check_padded(model: nn.Module) -> None:
 def native_grid(size: Size, patch_size: Size, most: int) -> Size:
   """Returns the grid of patches (down, across) for an image that keeps its aspect ratio.
 
-  The image is scaled by the largest factor at which at most `most` patches cover it. Then each side
-  is stretched to a multiple of the patch size, by less than a patch. SigLIP 2 resizes images in the
-  same way (Tschannen et al. 2025, 2502.14786, Section 2.5).
+  The image is scaled by the largest factor for which `most` patches are enough to cover it. Then
+  each side is stretched to a multiple of the patch size, by less than a patch. SigLIP 2 resizes
+  images in the same way (Tschannen et al. 2025, 2502.14786, Section 2.5).
 
   Args:
     size: (height, width) of the image.

@@ -89,7 +89,7 @@ def distilled(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array
 
 
 def heads(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Returns the logits of the heads that learn from labels and from the teacher, `[B, L]` each.
+  """Returns two arrays of logits `[B, L]`: one learns from the labels, the other from the teacher.
 
   The two arrays differ only if there is a teacher and the model has a distillation token.
   """

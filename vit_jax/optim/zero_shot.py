@@ -210,6 +210,6 @@ def check_scale(arrays: Mapping[str, np.ndarray], origin: str) -> float:
       f'this file needs the factor itself: {np.exp(value):.6g}.'
     )
   raise ValueError(
-    f'{origin}: logit_scale={value:.6g}: expected the factor by which the cosine similarity is '
-    f'multiplied, from {SMALLEST:g} to {LARGEST:g}.{hint}'
+    f'{origin}: logit_scale={value:.6g}: expected a number from {SMALLEST:g} to {LARGEST:g}, the '
+    f'factor by which cosine similarities are multiplied.{hint}'
   )

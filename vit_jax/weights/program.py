@@ -90,7 +90,10 @@ class Program:
         )
 
   def check_images(self, what: str) -> None:
-    """Raises ValueError if `image_NHWC` has no images for the model. `what` begins the message."""
+    """Raises ValueError if `image_NHWC` has no images, or images that do not fit the model.
+
+    `what` is the start of the message.
+    """
     found = self.image_NHWC
     fits = found is not None and (found.dtype, found.shape[1:]) == (np.uint8, self.image_shape)
     if not fits or not len(found):

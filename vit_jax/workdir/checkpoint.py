@@ -55,7 +55,7 @@ class Checkpoints:
     Args:
       workdir: folder of the run.
       keep: number of newest checkpoints to keep. The best one is kept in addition.
-      finished: steps at which the run was finished before it got more epochs. The checkpoints of
+      finished: the last steps of the run before it was extended to more epochs. The checkpoints of
         these steps are kept too.
     """
     self._workdir, self._manager, self._saving = workdir, None, None

@@ -63,7 +63,7 @@ def open_manager(
     keep: number of newest checkpoints to keep.
     scored: {step: accuracy}. The checkpoint with the best accuracy is kept in addition. The caller
       can add steps later.
-    finished: steps at which the run was finished before it got more epochs. Their checkpoints are
+    finished: the last steps of the run before it was extended to more epochs. Their checkpoints are
       kept in addition.
     before_commit: called in process 0 when all files of a checkpoint are written, before orbax
       gives the checkpoint its final name.

@@ -282,7 +282,7 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   if not step.isdecimal() or int(step) not in found:
     there = ', '.join(str(n) for n in sorted(found))
     raise ValueError(
-      f'--step={step}: {workdir} has the checkpoints {there}. Set --step to one of these '
-      'numbers, to best or to last.'
+      f'--step={step}: {workdir} has the checkpoints {there}. Use --step=best, '
+      '--step=last, or --step with one of these numbers.'
     )
   return [(int(step), 'as requested')]
