@@ -379,7 +379,7 @@ def test_a_parameter_that_is_not_finite_is_named_and_not_saved(tmp_path, bad):
 
 @pytest.mark.parametrize('step', ['24', '016a', '-16', 'newest'])
 def test_a_step_without_a_checkpoint_is_refused(trained, step):
-  message = f'--step={step}: .* has the checkpoints 16, 32. Set'
+  message = f'--step={step}: .* has the checkpoints 16, 32. Use'
   with pytest.raises(ValueError, match=message):
     stored.load_checkpoint(trained[0], step)
 

@@ -11,7 +11,7 @@ from vit_jax.storage import exit_code
 
 
 def report(error: Exception) -> int:
-  """Prints an error that ends the program to stderr, and returns the exit code."""
+  """Prints to stderr an error that ends the program, and returns the exit code."""
   print(f'error: {describe(error)}', file=sys.stderr)
   return exit_code(error)
 

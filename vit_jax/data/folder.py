@@ -139,7 +139,7 @@ def open_folder(root: pathlib.Path) -> Folder:
 
 
 def check_train_is_split(root: pathlib.Path, inside: tuple[str, ...]) -> None:
-  """Raises ValueError if `train/`, with the class folders `inside`, is probably a class itself."""
+  """Raises ValueError if `train/` is probably a class. `inside` lists folders in `train/`."""
   others = [name for name in subfolders(root) if name not in ('train', *TEST_NAMES)]
   classes = [name for name in others if any(walk_images(root / name, collections.Counter()))]
   if classes:

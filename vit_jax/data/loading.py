@@ -61,9 +61,9 @@ def decide_cache(
     source: dataset that contains the splits.
     names: all splits that would be in memory at the same time.
     size: (height, width) that images are scaled to.
-    kept: None for evaluation. For training, a function without arguments. If images in memory
-      would be smaller than `size`, so that the device enlarges them later, the function returns
-      their (height, width) in memory. Otherwise, it returns None.
+    kept: None for evaluation. For training, a function without arguments. If images would be kept
+      in memory at a smaller size, and enlarged to `size` on the device, the function returns this
+      smaller (height, width). Otherwise, it returns None.
   """
   if reading.cache != 'auto':
     return reading.cache

@@ -114,8 +114,8 @@ class Page(gr.Blocks):
       raise
     except Exception as error:
       raise gr.Error(
-        f'Cannot use these inputs ({reason_of(error)}). Send an uploaded image file, a layer and a '
-        'head, like the requests of the demo page.',
+        f'Cannot use these inputs ({reason_of(error)}). Upload an image file, and send '
+        'a layer and a head with it, as the demo page does.',
         print_exception=False,
       ) from error
 

@@ -136,8 +136,8 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
     origin: path of the config, for messages.
 
   Raises:
-    ValueError: a field is not supported, is null, or is a bool or a string where its default is
-      not, or the reverse.
+    ValueError: a field is not supported, is null, or has another type than its default: only one of
+      the two is a bool, or only one of them is a string.
   """
   config = kind.body(config, origin)
   check_fields(config, kind.defaults, origin)

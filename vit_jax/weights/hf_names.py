@@ -150,7 +150,7 @@ def dinov2_fields(c: dict, origin: str) -> dict:
 
 
 def mlp_width(width: int, ratio: float, gated: bool) -> int:
-  """Returns `width * ratio`; for a gated MLP, 2/3 of this width, rounded up to a multiple of 8."""
+  """Returns `width * ratio`; for a gated MLP, 2/3 of the product, rounded up to a multiple of 8."""
   plain = int(width * ratio)
   return (int(plain * 2 / 3) + 7) // 8 * 8 if gated else plain
 

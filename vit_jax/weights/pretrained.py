@@ -67,8 +67,8 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. None
-      for the grid in the file. If the file stores no grid (npz), None means `grid` if the file has
-      one position embedding for each patch of `grid`, and otherwise a square grid.
+      for the grid in the file. If the file stores no grid (npz), None selects `grid` if the
+      numbers of patches are equal, and otherwise a square grid.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
@@ -218,7 +218,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
 
   Raises:
     ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. If
-      both are None, the number neither fits `to.grid` nor is a square number.
+      both are None, and the number does not fit `to.grid` and is not a square number.
   """
   found = [
     array
