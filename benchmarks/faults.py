@@ -262,8 +262,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if args.damages and not args.alone:
     parser.error(
-      'checkpoints to damage are copied from runs of one process: set `alone`, the number of these '
-      'runs, to at least 1'
+      '`alone` must be at least 1, because the benchmark damages copies of the checkpoints of runs '
+      'with one process'
     )
   return args
 

@@ -183,7 +183,7 @@ def accuracy(name: str, folder: pathlib.Path, toy: bool) -> dict:
 
 
 def train(config: str, changes: dict[str, object], workdir: pathlib.Path) -> None:
-  """Trains in this process, or resumes; exits with the code of `main.py` unless it is 0."""
+  """Starts or resumes a run in this process. If `main.py` fails, exits with its exit code."""
   flags = [f'--config.{key}={value}' for key, value in changes.items()]
   if code := cli.main([f'--config={config}', f'--workdir={workdir}', *flags]):
     sys.exit(code)

@@ -152,7 +152,7 @@ def dinov3_model(name: str) -> ViT:
 
 
 def timm_model(name: str) -> ViT:
-  """Returns the model with an architecture name of timm, for 1,000 classes."""
+  """Returns our model for the timm architecture `name`, with 1,000 classes."""
   return ViT(**timm.read_timm(pathlib.Path(name), {'architecture': name}, {}).fields)
 
 

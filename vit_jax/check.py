@@ -234,7 +234,7 @@ def check_distill(config: ConfigDict) -> None:
   if pool and pool.distills and joins:
     raise ValueError(
       f'distill.teacher with model.pool={config.model.pool} cannot be combined with {joins[0]}. '
-      'This key adds a layer that uses the class token and the distillation token together, but '
+      f'{joins[0]} adds a layer that uses the class token and the distillation token together, but '
       f'these tokens need separate heads. Set {joins[0]} to None.'
     )
 

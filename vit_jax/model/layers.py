@@ -235,7 +235,7 @@ def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
 
 
 def normed_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
-  """Returns `gated_units` after a LayerNorm, `[B, N, M]` (Fang et al. 2023, 2303.11331, 2.1)."""
+  """Returns the LayerNorm of `gated_units`, `[B, N, M]` (Fang et al. 2023, 2303.11331, 2.1)."""
   norm = norm_layer(block.norm_epsilon, block.dtype, 'hidden_norm')
   return norm(gated_units(block, dense, x_BND))
 

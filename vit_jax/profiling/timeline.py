@@ -112,8 +112,8 @@ def divide(trace: Trace, known: Mapping[str, Operation]) -> Counter:
 def rank(name: str, known: Mapping[str, Operation]) -> int:
   """Returns the rank of an operation or of `WAIT`, from 0 (first) to 3.
 
-  If several operations run at the same time, only those with the lowest rank count. The time is
-  divided equally among them.
+  If several operations run at the same time, the time is divided equally among those with the
+  smallest rank. The others get none of it.
   """
   if name == WAIT:
     return 3

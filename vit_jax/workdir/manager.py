@@ -101,7 +101,7 @@ def open_manager(
 def everyone(agreement: Agreement) -> ocp.options.MultiprocessingOptions:
   """Returns the options for all processes.
 
-  If the options list the processes, orbax waits for them by JAX's coordination service. Otherwise,
+  If the options name the processes, orbax uses JAX's coordination service to wait for them. If not,
   it would use collective operations, which a thread must not use while the run trains. The prefix
   keeps the barriers of two managers apart.
   """

@@ -81,7 +81,7 @@ def holds_shards(tree) -> bool:
 
 
 def rest(state) -> dict:
-  """Returns the parts of a training state in the item `state`; `params` is a separate item."""
+  """Returns the parts of a training state that the item `state` holds: all except `params`."""
   return {'step': state.step, 'opt_state': state.opt_state, 'ema': state.ema}
 
 
