@@ -166,8 +166,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if not args.kills:
     parser.error(
-      '`kills` must be at least 1, because the benchmark damages copies of the checkpoints of killed '
-      'and resumed runs'
+      '`kills` must be at least 1, because the benchmark damages copies of the checkpoints of '
+      'killed and resumed runs'
     )
   return args
 

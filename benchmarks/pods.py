@@ -186,7 +186,7 @@ def seconds_sending(chip: Chip, mesh: AbstractMesh, found: list[dict]) -> float:
 
 
 def step(model: Model, chip: Chip, mesh: AbstractMesh, plan: Plan) -> dict[str, float]:
-  """Returns the seconds of a step, if sending and computing overlap completely or not at all."""
+  """Returns the seconds of the parts of a step, and of the step with complete or no overlap."""
   products = BATCH // mesh.size * model.flops[plan.remat] / (USED * chip.peak)
   sending = seconds_sending(chip, mesh, collectives(model, mesh, plan))
   return {

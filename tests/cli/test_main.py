@@ -360,7 +360,7 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   (MAKE + "  config.unlock()\n  config.epoch = 3\n  return config", 'Did you mean epochs'),
   (MAKE + '  import sys; sys.exit(0)', 'line 4: SystemExit: 0'),
   (MAKE + '  config.model = None\n  return config',
-   'sets model to None, but this name is a section. Set the keys of the section instead, e.g. '
+   'sets model to None, but model is a section. Set the keys of the section instead, e.g. '
    'model.variant'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip

@@ -52,8 +52,8 @@ def load_file(spec: str) -> ConfigDict:
   for key in flatten(config):
     if keys := [name for name in KEYS if name.startswith(f'{key}.')]:
       raise ValueError(
-        f'--config: {path} sets {key} to {config[key]!r}, but this name is a section. Set the keys '
-        f'of the section instead, e.g. {keys[0]}.'
+        f'--config: {path} sets {key} to {config[key]!r}, but {key} is a section. Set the keys of '
+        f'the section instead, e.g. {keys[0]}.'
       )
     if key not in KEYS:
       raise ValueError(f'--config: {path} sets {unknown(key)}')

@@ -231,8 +231,8 @@ def choose_classes(program: Program, exp: Experiment, about: str) -> tuple[list[
   """Chooses the logits of a program that belong to the classes of the test images.
 
   `exp` has the classes of the test images, and `about` describes the images. Returns the indices of
-  the chosen logits, and `about`. If the program has more classes than the images, the returned text
-  also gives both numbers of classes.
+  the chosen logits, and the text `about`. If the test images have fewer classes than the program,
+  both numbers of classes are appended to `about`.
   """
   own, wanted = program.class_names, exp.task.class_names
   if own is None or own == wanted:

@@ -69,7 +69,7 @@ def planned(exp: Experiment, plan: Plan) -> Experiment:
 def resumed(exp: Experiment, saved: Mapping) -> Experiment:
   """Returns the experiment with the plan of a checkpoint, or `exp` if the checkpoint has no plan.
 
-  `saved` is the JSON of the checkpoint (its item `config`).
+  `saved` is the item `config` of the checkpoint.
   """
   plan = saved.get('plan')
   return planned(exp, Plan(**plan)) if plan else exp

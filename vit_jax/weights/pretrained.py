@@ -217,7 +217,7 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   """Returns the grid (down, across) that a file's position embeddings are for.
 
   Raises:
-    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. If
+    ValueError: the number of positions does not fit `to.source_grid` or the grid in the file. Or
       both are None, and the number does not fit `to.grid` and is not a square number.
   """
   found = [

@@ -115,7 +115,7 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
 
 
 def is_torch(place: pathlib.Path, of_timm: bool) -> bool:
-  """Returns whether a path holds safetensors of one library, timm or Hugging Face.
+  """Returns whether a path holds safetensors of timm, or with `of_timm=False` of Hugging Face.
 
   Args:
     place: a file, or a folder.
