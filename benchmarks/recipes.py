@@ -71,9 +71,7 @@ SMALL_20 = {  # the model `small` with Muon, for CPUs with AMX
 }
 RECIPES = {
   'digits': Recipe('configs/digits.py', {}, 5, 'cpu', 1, 0.985, 0.99, ''),
-  'cifar10_coffee': Recipe(
-    'configs/cifar10.py:coffee', {'model.dtype': 'bfloat16'}, 3, 'cpu', 15, 0.81, 0.84, ''
-  ),
+  'cifar10_coffee': Recipe('configs/cifar10.py:coffee', {}, 3, 'cpu', 15, 0.81, 0.84, ''),
   'cifar10_laptop': Recipe('configs/cifar10.py:laptop', {}, 3, 'cpu', 45, 0.85, 0.88, ''),
   'cifar10_tiny_20': Recipe(
     'configs/cifar10.py:tiny', {'epochs': 20, 'augment.rand_augment.num_layers': 0}, 3,
@@ -190,7 +188,7 @@ def by_minutes(lines: list[dict]) -> tuple[list[float], list[float]]:
 
 
 def is_drawn(name: str) -> bool:
-  """Returns whether a recipe is in the figure: it is for CIFAR-10 on a CPU, and has results."""
+  """Returns whether the figure shows a recipe: a recipe for CIFAR-10 on a CPU that has results."""
   of_cifar = RECIPES[name].where == 'cpu' and name.startswith('cifar10')
   return of_cifar and (collect.RESULTS / f'{name}.json').exists()
 

@@ -98,8 +98,8 @@ def pflops_of(config: str, overrides: dict[str, str]) -> float:
   flops = summary_of(Request(config=whole)).run_flops
   if flops is None:
     raise SystemExit(
-      f'error: data.source={whole.data.source} was not found, so the number of images and the FLOPs '
-      'are unknown.'
+      f'error: data.source={whole.data.source} was not found, so the number of images and the '
+      'FLOPs are unknown.'
     )
   return flops / 1e15
 

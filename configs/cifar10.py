@@ -5,17 +5,15 @@
 
 | variant | pixels | machine, time | accuracy |
 | --- | --- | --- | --- |
-| `coffee` | 32 | 2 CPU cores, 15 minutes in bfloat16 | 81.1% |
+| `coffee` | 32 | 2 CPU cores, 13 minutes | 81.7% |
 | `laptop` | 32 | 2 CPU cores, 46 minutes | 84.2% |
 | `tiny` | 32 | 2 CPU cores, 93 minutes | 83.2% |
 | `small`, `wide`, `deep` | 32 | made for a GPU | not measured yet |
 | `b16`, `l16` | 224 | made for a GPU | not measured yet |
 
 The accuracy is measured on the test images. In a shorter run, with 20 epochs and without
-RandAugment, `tiny` reaches 80.0% in 9 minutes. The time of `coffee` was measured with
-`--config.model.dtype=bfloat16`, JAX 0.12 and a CPU with AMX. In float32, a step of `coffee` takes
-about 1.3 times as long. `small`, `wide` and `deep` follow published recipes for models of their
-size.
+RandAugment, `tiny` reaches 80.0% in 9 minutes. `small`, `wide` and `deep` follow published recipes
+for models of their size.
 
 The times depend on the processor, because the number of epochs is fixed. The machines and
 the experiments are described in results/README.md and results/notes.md.
@@ -54,19 +52,18 @@ def get_config(variant='tiny'):
     if variant in ('coffee', 'laptop'):
       config.model.num_heads = 2
       config.model.position = 'sincos'
-    if variant == 'coffee':  # 0.2M parameters
-      config.epochs = 30.0
       # Steps with small images take less time.
-      config.progressive.sizes, config.progressive.until = (16, 24), (0.4, 0.7)
-      config.model.width, config.model.mlp_dim, config.model.depth = 80, 160, 4
-    elif variant == 'laptop':  # 0.8M parameters
-      config.epochs = 50.0
       config.progressive.sizes, config.progressive.until = (12, 16, 24), (0.4, 0.75, 0.92)
-      config.model.width, config.model.mlp_dim, config.model.depth = 128, 256, 6
       config.optimizer.lr = 7e-3
       config.optimizer.weight_decay = 0.12
       config.schedule.name = 'linear'
       config.schedule.warmup = 1.0
+    if variant == 'coffee':  # 0.2M parameters
+      config.epochs = 45.0
+      config.model.width, config.model.mlp_dim, config.model.depth = 80, 160, 4
+    elif variant == 'laptop':  # 0.8M parameters
+      config.epochs = 50.0
+      config.model.width, config.model.mlp_dim, config.model.depth = 128, 256, 6
       config.augment.rand_augment.num_layers = 2
       config.augment.rand_augment.magnitude = 7.0
       config.augment.mix.probability = 0.3

@@ -207,7 +207,7 @@ def test_the_time_of_a_run_is_the_time_of_all_its_steps(tmp_path):
   assert speedrun.training_seconds(tmp_path / 'a') == 10.0
   assert speedrun.compile_seconds(tmp_path / 'a') == 2.5
   finished(tmp_path / 'b', 0.9, 96.0, images=(640,))
-  with pytest.raises(ValueError, match='covers 640 of 960 images'):
+  with pytest.raises(ValueError, match='counts 640 of 960 trained images'):
     speedrun.training_seconds(tmp_path / 'b')
 
 
