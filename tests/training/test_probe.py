@@ -377,7 +377,7 @@ def test_the_last_run_of_a_sweep_keeps_added_cycles(caplog):
   assert float(last.schedule(31)) < 0.01 < float(last.schedule(40))  # the second warms up again
   with caplog.at_level(logging.INFO):
     loop.Run(exp, last, None, None, None, None, {}).log_cycle()
-  assert 'warm-up to a learning rate of 0.05, then' in caplog.text  # half of the sweep's choice
+  assert 'warm-up to a rate of 0.05, then' in caplog.text  # half of the sweep's choice
 
 
 def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
@@ -394,7 +394,7 @@ def test_a_notice_at_the_end_of_a_rate_stops_the_sweep(monkeypatch, tmp_path):
   task = types.SimpleNamespace(multi_label=False)
   exp = types.SimpleNamespace(config=small_config(**SWEPT), task=task)
   training = types.SimpleNamespace(val=range(probe.FEW))
-  with pytest.raises(cluster.Preempted, match='after the head for learning rate 0.001'):
+  with pytest.raises(cluster.Preempted, match='after it tried learning rate 0.001'):
     probe.sweep(exp, training, None, tmp_path)
   assert tried == [0.001] and not (tmp_path / 'sweep.json').exists()
 

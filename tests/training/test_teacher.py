@@ -374,7 +374,7 @@ def test_unnamed_classes_are_compared_by_their_number(teacher):
 @pytest.mark.parametrize('overrides, message', [
   ({'freeze': 'backbone'}, 'distill.teacher cannot be combined with freeze'),
   ({'loss.name': 'sigmoid'}, 'distill.teacher cannot be combined with loss.name=sigmoid'),
-  (TOKEN | {'model.representation_size': '8'}, 'representation_size adds a layer that uses both'),
+  (TOKEN | {'model.representation_size': '8'}, 'cannot be combined with model.representation_size'),
   ({'distill.kind': 'sofd'}, "distill.kind: unknown 'sofd'. Did you mean soft"),
   ({'distill.temperature': '0'}, 'distill.temperature must be from 0.01'),
   ({'distill.weight': '1.5'}, 'distill.weight must be from 0 to 1'),
