@@ -246,7 +246,7 @@ def test_images_are_the_same_after_packing_and_unpacking(packed):
 
 def test_a_pack_that_is_too_large_is_refused(packed, monkeypatch):
   monkeypatch.setattr(gpu_pack, 'LIMIT', 100)
-  with pytest.raises(ValueError, match=r'but the limit is 0 MiB. The largest file is cifar10\.tar\.xz'):
+  with pytest.raises(ValueError, match=r'the limit is 0 MiB. The largest file is cifar10\.tar\.xz'):
     gpu_pack.pack(packed / 'images', '3.12')
 
 
