@@ -2,9 +2,11 @@
 
     python -m benchmarks.bucket_faults                  # 30 minutes; writes bucket_faults.json
     python -m benchmarks.bucket_faults 2 8 short.json   # kills 2 runs, damages 8 checkpoints
+    python -m benchmarks.bucket_faults 20 8 results/bucket_faults_tiny.json --cifar10=<folder>
 
 The bucket is on this machine: `tests/fake_gcs.py` is a server that imitates Google Cloud Storage.
-The data are scikit-learn's digits as an image folder. Each run is killed with SIGKILL at a random
+The runs train a small model on scikit-learn's digits, or `cifar10.py:tiny` on the images of
+CIFAR-10 for 2 epochs. The data are an image folder. Each run is killed with SIGKILL at a random
 time after a random step. The command is then repeated: it must resume the run, and take over the
 lock of the killed process. The final parameters, optimizer state and averaged parameters must be
 identical to the ones of an undisturbed run with a local workdir and local data. Finally, `main.py`
@@ -15,6 +17,7 @@ After the kills, checkpoints of the last run are damaged in the ways that `bench
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import random
@@ -36,12 +39,7 @@ from vit_jax import bucket
 from vit_jax.workdir import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FLAGS = [
-  *faults.FLAGS, f'--config={ROOT}/configs/digits.py', '--config.data.source=folder:digits',
-  '--config.checkpoint_every=4',
-]  # fmt: skip
 DATA, RUN = 'gs://bucket/data', 'gs://bucket/run'
-STEPS = 46  # number of steps of a run
 OTHERS = {  # modes that read the finished run, with their flags
   'eval': [],
   'predict': ['--images={image}'],
@@ -49,14 +47,43 @@ OTHERS = {  # modes that read the finished run, with their flags
 }
 
 
-def write_digits(folder: pathlib.Path) -> pathlib.Path:
-  """Writes the digits as PNG files `digits/<split>/<class>/*.png`; returns the path of one file."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What the runs train.
+
+  Attributes:
+    recipe: file and variant in `configs/`.
+    flags: more flags of `main.py`.
+    steps: number of steps of a run.
+    every: number of steps between two checkpoints.
+    early: a run that is killed at its start is killed after at most this number of seconds.
+  """
+
+  recipe: str
+  flags: tuple[str, ...]
+  steps: int
+  every: int
+  early: float
+
+  def command(self, images: pathlib.Path, data_dir: str) -> list[str]:
+    """Returns the flags that train on the copy of the folder `images` in `data_dir`."""
+    return [
+      *self.flags, f'--config={ROOT}/configs/{self.recipe}', f'--config.data.dir={data_dir}',
+      f'--config.data.source=folder:{images.name}', f'--config.checkpoint_every={self.every}',
+    ]  # fmt: skip
+
+
+DIGITS = Task('digits.py', tuple(faults.FLAGS), steps=46, every=4, early=12.0)
+TINY = Task('cifar10.py:tiny', ('--config.epochs=2',), steps=391, every=40, early=60.0)
+
+
+def write_digits(folder: pathlib.Path) -> None:
+  """Writes the digits as PNG files `<split>/<class>/*.png` into `folder`."""
   found = datasets.load_digits()
   for i, (image, label) in enumerate(zip(found.images, found.target)):
-    file = folder / 'digits' / ('train' if i % 5 else 'test') / str(label) / f'{i}.png'
+    file = folder / ('train' if i % 5 else 'test') / str(label) / f'{i}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(file)
-  return file
 
 
 def start(workdir: str, flags: list[str], folder: pathlib.Path) -> subprocess.Popen:
@@ -88,19 +115,24 @@ def local_files(folder: pathlib.Path) -> set[str]:
   return {str(file) for file in found if file.name != 'log'}
 
 
-def kill(number: int, folder: pathlib.Path, server: FakeGcs, image: pathlib.Path) -> dict:
+def kill(
+  number: int, folder: pathlib.Path, server: FakeGcs, images: pathlib.Path, task: Task
+) -> dict:
   """Kills a run in the bucket, resumes it and runs the modes in `OTHERS`; returns what happened."""
   draw = random.Random(number)
   for name in server.names('run/') + server.names('program/'):
     del server.objects['bucket', name]
   for name in ('cwd', 'home', 'scratch'):
     (folder / name).mkdir(parents=True)
-  flags = [*FLAGS, f'--config.data.dir={DATA}']
+  flags, image = task.command(images, DATA), next(images.rglob('*.*g'))
   began, process = time.monotonic(), start(RUN, flags, folder)
-  step, pause = draw.randrange(0, STEPS, 4), draw.uniform(0, 1.5)  # step 0: kill at the start
+  step, pause = (
+    draw.randrange(0, task.steps, task.every),
+    draw.uniform(0, 1.5),
+  )  # step 0: kill at the start
   while process.poll() is None and step and step not in steps_in(server)[-1:]:
     time.sleep(0.02)
-  time.sleep(pause if step else draw.uniform(0, 12))
+  time.sleep(pause if step else draw.uniform(0, task.early))
   process.kill()
   code, reached = process.wait(), steps_in(server)
   found = {
@@ -139,10 +171,11 @@ def damage(number: int, server: FakeGcs) -> dict:
   return result
 
 
-def summary(kills: list[dict], damages: list[dict]) -> dict:
+def summary(task: Task, kills: list[dict], damages: list[dict]) -> dict:
   """Returns the content of the results file, for the kills and damages so far."""
   return {
     **collect.circumstances(),
+    'recipe': task.recipe,
     # A run that ended before the signal does not count as a kill.
     'kills': sum(one['exit_code'] == -signal.SIGKILL for one in kills),
     'identical': sum(one['identical'] for one in kills),
@@ -163,7 +196,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
   parser.add_argument('damages', nargs='?', type=arguments.count, default=tries, help=damages)
   out = collect.RESULTS / 'bucket_faults.json'
   parser.add_argument('out', nargs='?', type=pathlib.Path, default=out, help='file to write')
+  parser.add_argument(
+    '--cifar10', type=pathlib.Path, metavar='FOLDER',
+    help='folder with the images of CIFAR-10 in train/<class>/ and test/<class>/; the runs train '
+    '`cifar10.py:tiny` on them for 2 epochs',
+  )  # fmt: skip
   args = parser.parse_args(argv)
+  if args.cifar10 and not (args.cifar10 / 'train').is_dir():
+    parser.error(f'--cifar10={args.cifar10}: there is no folder {args.cifar10 / "train"}')
   if not args.kills:
     parser.error(
       '`kills` must be at least 1, because the benchmark damages copies of the checkpoints of '
@@ -177,22 +217,26 @@ def main(argv: list[str]) -> None:
   with tempfile.TemporaryDirectory() as name, FakeGcs() as server:
     folder, compiled = pathlib.Path(name), pathlib.Path(name) / 'compiled'
     os.environ.update(server.env | {'JAX_COMPILATION_CACHE_DIR': str(compiled)})
-    image = write_digits(folder)
-    for file in folder.rglob('*.png'):
-      server.put('bucket', f'data/{file.relative_to(folder)}', file.read_bytes())
+    if args.cifar10:
+      task, images = TINY, args.cifar10.resolve()
+    else:
+      task, images = DIGITS, folder / 'digits'
+      write_digits(images)
+    for file in images.rglob('*.*g'):  # PNG and JPEG files
+      server.put('bucket', f'data/{file.relative_to(images.parent)}', file.read_bytes())
     for part in ('cwd', 'home', 'scratch'):
       (folder / 'alone' / part).mkdir(parents=True)
-    finish(str(folder / 'local'), [*FLAGS, f'--config.data.dir={folder}'], folder / 'alone')
+    finish(str(folder / 'local'), task.command(images, str(images.parent)), folder / 'alone')
     want = faults.fingerprint(folder / 'local')
     for number in range(args.kills):
-      kills.append(kill(number, folder / 'one', server, image))
+      kills.append(kill(number, folder / 'one', server, images, task))
       kills[-1]['identical'] = kills[-1].pop('fingerprint') == want
       print(kills[-1], flush=True)
-      write_json(args.out, summary(kills, damages))
+      write_json(args.out, summary(task, kills, damages))
     for number in range(args.damages):
       damages.append(damage(number, server))
       print(damages[-1], flush=True)
-  write_json(args.out, result := summary(kills, damages))
+  write_json(args.out, result := summary(task, kills, damages))
   if result['identical'] < len(kills) or result['written_locally']:
     raise SystemExit(
       f'{args.out}: {result["identical"]} of {len(kills)} runs ended exactly like the local run; '
