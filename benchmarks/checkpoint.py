@@ -106,7 +106,7 @@ def peak() -> float:
 
 
 def measure(way: str, processes: int, model: str, repeats: int) -> dict:
-  """Measures one method of saving in new processes; returns the measurements of process 0."""
+  """Starts processes that measure one method of saving; returns the results of process 0."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]

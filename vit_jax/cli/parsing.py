@@ -143,7 +143,8 @@ def check_flags(args: argparse.Namespace) -> None:
       )
   if args.init and (args.workdir or args.config):
     raise ValueError(
-      '--init cannot be combined with --workdir or --config. Remove --init or the other flags.'
+      '--init cannot be combined with --workdir or --config=<file>. Remove --init or the other '
+      'flags.'
     )
   if args.init and args.step:
     raise ValueError(
@@ -153,7 +154,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_required(args: argparse.Namespace) -> None:
-  """Raises ValueError if a required flag of the mode is missing, and `--init` too."""
+  """Raises ValueError if both a required flag of the mode and `--init` are missing."""
   flags = MODES[args.mode].flags
   for flag in flags:
     if flag.required and not getattr(args, flag.name) and not args.init:

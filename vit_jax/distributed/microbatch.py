@@ -96,9 +96,9 @@ def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:
 def concatenate(function: Callable, mesh: Mesh, parts: int) -> Callable:
   """Returns a function `(batch, *shared) -> rows` that joins the results of all micro-batches.
 
-  `function` maps `(micro-batch, *shared)` to an array, or a tree of arrays, with one row per
-  example. The rows of the result are in the order of the batch. `add_up` describes the other
-  arguments.
+  The argument `function` computes the rows of one micro-batch: it maps `(micro-batch, *shared)` to
+  an array, or a tree of arrays, with one row per example. The rows of the result are in the order
+  of the batch. `add_up` describes the other arguments.
   """
 
   def rows_of(part, *shared):

@@ -96,7 +96,8 @@ def flash(
     query_BNKE: queries.
     key_BNKE: keys.
     value_BNKE: values.
-    keep_BKNN: must be None. This function has no dropout, because cuDNN cannot use given masks.
+    keep_BKNN: must be None. This function has no dropout, because cuDNN cannot use given
+      dropout masks.
     rate: not used.
   """
   attend = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')

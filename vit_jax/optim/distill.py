@@ -64,9 +64,9 @@ class Teacher:
     distillation: function from `DISTILLATIONS` with the values of its config keys filled in. It
       maps the logits of student and teacher to a loss `[B]`.
     weight: weight w of the distillation loss, from 0 to 1; the label loss has the weight 1 - w.
-    cached: whether the teacher's logits are computed once for each training image, before training.
-      Caching is possible only without augmentation and without `data.skip_bad_images`. Batches then
-      contain the logits as `teacher`, `[B, L]`.
+    cached: whether the teacher's features are computed once for each training image, before
+      training, and stored. Caching is possible only without augmentation and without
+      `data.skip_bad_images`. Batches then contain the logits as `teacher`, `[B, L]`.
     digest: SHA-256 of the parameters.
   """
 

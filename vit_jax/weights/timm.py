@@ -79,7 +79,7 @@ VIT = [  # additional rows for `VisionTransformer`
 
 
 def eva_rows(a: dict) -> list[tuple]:
-  """Returns name table rows that only timm's `Eva` needs; `a` has the timm model's arguments."""
+  """Returns the rows of the name table for timm's `Eva`; `a` has the timm model's arguments."""
   ours, theirs = 'block_{i}/attention', 'blocks.{i}.attn'
   turned = (lambda layout: layout) if a['rope_rotate_half'] else interleaved
   kernels = dict(query=turned(linear()), key=turned(linear()), value=linear())
