@@ -574,6 +574,24 @@ def test_a_second_ctrl_c_exits_immediately():
   assert process.returncode == 130 and err.startswith(b'Interrupted') and b'Traceback' not in err
 
 
+def test_ctrl_c_during_garbage_collection_is_not_lost():
+  script = (
+    'import signal, time\n'
+    'from vit_jax.cli import terminal\n'
+    'class Garbage:\n'
+    '  def __del__(self):\n'
+    '    signal.raise_signal(signal.SIGINT)\n'
+    'terminal.set_up()\n'
+    'try:\n'
+    '  Garbage()\n'
+    '  time.sleep(30)\n'
+    'except KeyboardInterrupt:\n'
+    '  print("interrupted")\n'
+  )
+  done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, timeout=20)
+  assert (done.returncode, done.stdout, done.stderr) == (0, b'interrupted\n', b'')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('begun', [False, True])
 def test_a_missing_device_is_named(trained, tmp_path, begun):

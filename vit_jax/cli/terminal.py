@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 
 log = logging.getLogger('vit_jax')
@@ -102,11 +103,16 @@ def interrupt(_, frame) -> None:
   """Handles Ctrl-C: the first Ctrl-C ends the program cleanly, the second one immediately.
 
   During an import, the first Ctrl-C also ends the program immediately, because the imported code
-  could catch KeyboardInterrupt.
+  could catch KeyboardInterrupt. During garbage collection, Python ignores exceptions, so the signal
+  is sent again a little later.
   """
   while frame:
     if frame.f_code.co_filename.startswith('<frozen importlib'):
       end_at_once('Interrupted.')
+    if frame.f_code.co_name in ('__del__', '_xla_gc_callback'):
+      later = threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+      later.daemon = True
+      return later.start()
     frame = frame.f_back
   signal.signal(signal.SIGINT, lambda *_: end_at_once('Interrupted again: exiting immediately.'))
   raise KeyboardInterrupt
