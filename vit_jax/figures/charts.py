@@ -126,7 +126,7 @@ def draw_reliability(
     axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axis.grid()
-  left.legend(loc='upper left')
+  figure.legend(*left.get_legend_handles_labels(), loc='outside upper left', ncols=3)
   return figure
 
 
@@ -146,9 +146,9 @@ def draw_coverage(curve: Mapping[str, np.ndarray]) -> Figure:
   right.plot(curve['coverage'], curve['confidence'], color=canvas.BLUE)
   low = curve['accuracy'].min()
   left.set(ylabel='accuracy on these images', ylim=(low - 0.05 * (1 - low) - 0.001, 1))
-  right.set(ylabel='lowest confidence among them', ylim=(0, 1.02))
+  right.set(ylabel='lowest confidence among these images', ylim=(0, 1.02))
   for axis in (left, right):
-    axis.set(xlabel='coverage: share of the images answered', xlim=(0, 1))
+    axis.set(xlabel='coverage: share of images that are classified', xlim=(0, 1))
     axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
     axis.grid()
