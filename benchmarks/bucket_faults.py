@@ -105,7 +105,8 @@ def finish(workdir: str, flags: list[str], folder: pathlib.Path) -> None:
 
 def steps_in(server: FakeGcs) -> list[int]:
   """Returns the steps of all committed checkpoints in the bucket."""
-  found = (re.fullmatch(r'run/checkpoints/(\d+)/commit_success.txt', n) for n in server.names())
+  pattern = re.compile(r'run/checkpoints/(\d+)/commit_success.txt')
+  found = (pattern.fullmatch(name) for name in server.names('run/'))
   return sorted(int(match[1]) for match in found if match)
 
 
@@ -130,8 +131,8 @@ def kill(
     draw.randrange(0, task.steps, task.every),
     draw.uniform(0, 1.5),
   )  # step 0: kill at the start
-  while process.poll() is None and step and step not in steps_in(server)[-1:]:
-    time.sleep(0.02)
+  while process.poll() is None and max(steps_in(server), default=0) < step:
+    time.sleep(0.05)
   time.sleep(pause if step else draw.uniform(0, task.early))
   process.kill()
   code, reached = process.wait(), steps_in(server)
