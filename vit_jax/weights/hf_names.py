@@ -32,7 +32,12 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns a body's name table; `norms` names a block's norms in the file, `mlp` has MLP rows."""
+  """Returns the name table of a model's body.
+
+  Args:
+    norms: names of the two norms of a block in the file.
+    mlp: rows of the name table for the MLP of a block.
+  """
   layer = 'encoder.layer.{i}'
   heads = [
     row
