@@ -163,7 +163,7 @@ def averages(workdir: pathlib.Path, step: int) -> str:
 
 
 def sequence() -> list[str]:
-  """Returns the kinds of damage in the order in which they are tried; each kind is tried early."""
+  """Returns a kind of damage for each try, in order; the first tries are one of each kind."""
   others = [how for how, count in DAMAGES.items() for _ in range(count - 1)]
   return [*DAMAGES, *random.Random(0).sample(others, len(others))]
 

@@ -56,8 +56,8 @@ def states(found: dict[str, dict]) -> str:
 def together(results: list[dict]) -> list[dict]:
   """Merges the results of `benchmarks.speed` that have the same peak speed.
 
-  Peak speeds from data sheets are compared by value. All measured peak speeds count as equal, because
-  they differ a little between runs. A merged result keeps the peak speed of its first result.
+  Peak speeds from data sheets are compared by value. All measured peak speeds count as equal,
+  because they differ a little between runs. A merged result keeps the speed of its first result.
   """
   merged = {}
   for one in results:

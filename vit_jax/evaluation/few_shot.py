@@ -179,10 +179,15 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
       index = index_LS[:, :shots].ravel()
       chosen = known.some(np.searchsorted(needed, index))
       values.append(classifier_accuracy(classifier, chosen, tested, len(exp.task.class_names)))
-    scores[str(shots)] = {'mean': np.mean(values), 'std': np.std(values), 'accuracy': values}
+    scores[str(shots)] = over_seeds(values)
   result = {'shots': scores, 'examples': len(tested), 'classifier': classifier}
   result |= {'l2': L2} if classifier == 'ridge' else {}
   return result | ({'left_out': left_out} if left_out else {})
+
+
+def over_seeds(values: list[float]) -> dict:
+  """Returns the accuracies of the seeds, their mean, and their (sample) standard deviation."""
+  return {'mean': np.mean(values), 'std': np.std(values, ddof=1), 'accuracy': values}
 
 
 def fewshot(request: Request, classifier: str = 'ridge') -> dict:

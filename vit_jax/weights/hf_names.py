@@ -32,12 +32,7 @@ TEACHER_BIAS = Layout(
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:
-  """Returns the name table of a model's body.
-
-  Args:
-    norms: names of the two norms of a block in the file.
-    mlp: rows of the name table for the MLP of a block.
-  """
+  """Returns a body's name table with the MLP rows `mlp`; `norms` names the norms of a block."""
   layer = 'encoder.layer.{i}'
   heads = [
     row
