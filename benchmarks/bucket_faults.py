@@ -203,8 +203,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     '`cifar10.py:tiny` on them for 2 epochs',
   )  # fmt: skip
   args = parser.parse_args(argv)
-  if args.cifar10 and not (args.cifar10 / 'train').is_dir():
-    parser.error(f'--cifar10={args.cifar10}: there is no folder {args.cifar10 / "train"}')
   if not args.kills:
     parser.error(
       '`kills` must be at least 1, because the benchmark damages copies of the checkpoints of '
@@ -215,6 +213,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
   args, kills, damages = parse(argv), [], []
+  if args.cifar10 and not (args.cifar10 / 'train').is_dir():
+    raise SystemExit(f'error: --cifar10: there is no folder {args.cifar10 / "train"}.')
   with tempfile.TemporaryDirectory() as name, FakeGcs() as server:
     folder, compiled = pathlib.Path(name), pathlib.Path(name) / 'compiled'
     os.environ.update(server.env | {'JAX_COMPILATION_CACHE_DIR': str(compiled)})
