@@ -98,6 +98,7 @@ def test_a_new_pool_works_in_every_mode(tmp_path, monkeypatch):
     exporting.export(tmp_path / 'run', 'npz', tmp_path / 'npz')
 
 
+@pytest.mark.slow
 def test_a_pool_without_attention_maps_is_drawn_and_served(tmp_path, monkeypatch):
   entry = Pool(lambda model, token_BND: jax.nn.logsumexp(token_BND, axis=1), caption='mine')
   monkeypatch.setitem(POOLS, 'mine', entry)

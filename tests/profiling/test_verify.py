@@ -60,6 +60,7 @@ def test_other_numbers_are_named_and_give_exit_code_1(trained, capsys, monkeypat
   assert 'params/block_0/attention/query/kernel: largest difference' in out
 
 
+@pytest.mark.slow
 def test_the_plan_is_that_of_the_checkpoint_from_which_steps_are_repeated(trained, monkeypatch):
   real, given = replay.prepared, []
   monkeypatch.setattr(replay, 'prepared', lambda *args: given.append(args[-1]) or real(*args))
