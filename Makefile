@@ -77,6 +77,7 @@ test-slices: peers
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
 
 # Trains all recipes for CPUs or GPUs, e.g. make results-gpu DATA=folder:cifar10. DATA is the data
 # source of CIFAR-10. To resume after an interruption, repeat the command.

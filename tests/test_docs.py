@@ -141,6 +141,36 @@ def test_the_readme_is_short():
   assert len(read(ROOT / 'README.md').splitlines()) <= 150
 
 
+FILLED_IN = {  # parts of messages that the source does not contain, because a value begins in them
+  'Training ran out of memory', 'Evaluation ran out of memory', 'Reading images ran out of memory',
+  'The loss of step', 'is nan: training diverged', 'checkpoints is a link to',
+  'The config of process',
+}  # fmt: skip
+NOT_OURS = {"No module named 'vit_jax.cli'", '--mode=export --format=onnx'}
+
+
+def texts_of_the_source():
+  """Yields all texts in `vit_jax/`; a zero byte stands for each value in an f-string."""
+  for path in sorted((ROOT / 'vit_jax').rglob('*.py')):
+    for node in ast.walk(ast.parse(read(path))):
+      if isinstance(node, ast.JoinedStr):
+        texts = (part.value if isinstance(part, ast.Constant) else '\0' for part in node.values)
+        yield ''.join(texts)
+      elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+
+
+def test_messages_on_the_page_of_troubleshooting_exist():
+  source = '\n'.join(texts_of_the_source())
+  rows = [
+    row for row in read(ROOT / 'docs' / 'troubleshooting.md').splitlines() if row[:3] == '| `'
+  ]
+  quoted = [text for row in rows for text in re.findall('`([^`]+)`', row.split(' | ')[0])]
+  parts = {part.strip(' :,.') for text in quoted for part in text.split('...')}
+  absent = {part for part in parts if len(part) > 8 and part not in source}
+  assert len(quoted) > 30 and absent == FILLED_IN | NOT_OURS
+
+
 def test_the_site_lists_every_page():
   listed = re.findall(r'"(\w+\.md)"', read(ROOT / 'zensical.toml'))
   assert sorted(listed) == [path.name for path in DOCS]

@@ -61,6 +61,7 @@ def package_of(name):
 def test_modules_import_only_lower_layers(name):
   ours, others = imported(name)
   own = package_of(name)
+  assert own.split('.')[1] in LAYERS, f'add {own} to LAYERS'
   below = {f'vit_jax.{layer}' for layer in LAYERS[: LAYERS.index(own.split('.')[1])]}
   for other in ours:
     assert package_of(other) in below | {own}, f'imports {other} from a higher layer'
