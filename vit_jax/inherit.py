@@ -14,7 +14,7 @@ from vit_jax import config as config_lib
 from vit_jax.augment import active, normalize
 from vit_jax.bucket import to_path
 from vit_jax.data import Source
-from vit_jax.model import ATTRIBUTES, ViT, variant_fields
+from vit_jax.model import ATTRIBUTES, ViT, variant_fields, variant_of
 from vit_jax.names import abridged, accepted, difference, pair
 from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses, objective_of
 from vit_jax.weights import (
@@ -264,8 +264,8 @@ def follow(config: ConfigDict, loaded: Pretrained) -> ConfigDict:
     raise ValueError(
       f'init={config.init} does not match the config:\n'
       + '\n'.join(differences)
-      + '\nSet these keys to None to take their values from the weights. For keys of the model, '
-      'you can also set model.variant to the variant of the weights.'
+      + '\nSet these keys to None to take their values from the weights. Instead of keys of the '
+      f'model, set model.variant={variant_of(loaded.model)} and data.image_size=None.'
     )
   given = {'data.image_size': loaded.preprocessing.size} | {
     f'model.{name}': value for name, value in own.items() if value is not None and name not in FREE

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shutil
 import struct
@@ -163,11 +164,18 @@ class MAPHead(nn.Module):
 class BigVision(nn.Module):
   pool: str
   scan: bool
+  positions: str = 'learn'
 
   @nn.compact
   def __call__(self, image):
-    x = nn.Conv(24, (4, 4), (4, 4), name='embedding')(image).reshape(len(image), -1, 24)
-    x += self.param('pos_embedding', nn.initializers.normal(1), (1, x.shape[1], 24))
+    x = nn.Conv(24, (4, 4), (4, 4), name='embedding')(image)
+    (h, w), x = x.shape[1:3], x.reshape(len(image), -1, 24)
+    if self.positions == 'learn':
+      x += self.param('pos_embedding', nn.initializers.normal(1), (1, x.shape[1], 24))
+    else:  # big_vision's sincos2d
+      turns = [[t / 10_000 ** (k / 5) for k in range(6)] for t in range(max(h, w))]
+      waves = [[*map(math.sin, turn), *map(math.cos, turn)] for turn in turns]
+      x += np.array([waves[column] + waves[row] for row in range(h) for column in range(w)])
     if self.pool == 'tok':
       cls = self.param('cls', nn.initializers.normal(1), (1, 1, 24))
       x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
@@ -200,6 +208,34 @@ def test_big_vision_weights_give_big_vision_outputs(pool, scan, prefix, tmp_path
   assert len(loaded.ignored) == (2 if prefix else 0)
   vit_jax.save(*loaded, tmp_path / 'again', format='npz')
   assert equal(vit_jax.load(tmp_path / 'again').params, loaded.params)
+
+
+@pytest.mark.parametrize('pool', ['gap', 'map', 'tok'])
+def test_files_of_big_vision_without_positions_have_sincos_positions(pool, tmp_path):
+  image = np.random.RandomState(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
+  theirs = BigVision(pool, False, 'sincos2d')
+  variables = theirs.init(jax.random.key(0), image)
+  np.savez(tmp_path / 'weights.npz', **layouts.flatten_params(variables['params']))
+  loaded = vit_jax.load(tmp_path / 'weights.npz')
+  assert loaded.model.position == 'sincos' and loaded.preprocessing.size == (224, 224)
+  for size in ((12, 12), (8, 20)):
+    image = np.random.RandomState(1).normal(size=(2, *size, 3)).astype(np.float32)
+    np.testing.assert_allclose(logits(loaded, image), theirs.apply(variables, image), atol=2e-5)
+  kept = dict(format='npz', preprocessing=loaded.preprocessing)
+  vit_jax.save(*loaded, tmp_path / 'again', **kept)
+  again = vit_jax.load(tmp_path / 'again', grid=(2, 5))
+  assert equal(again.params, loaded.params) and again.model == loaded.model
+  stretched = loaded.model.clone(position_grid=(3, 3))
+  with pytest.raises(ValueError, match='position_grid'):
+    vit_jax.save(stretched, loaded.params, tmp_path / 'other', **kept)
+
+
+def test_a_file_of_the_paper_without_positions_is_refused(tmp_path):
+  arrays = npz.read_arrays(source('paper_token'))
+  del arrays['Transformer/posembed_input/pos_embedding']
+  np.savez(tmp_path / 'weights.npz', **arrays)
+  with pytest.raises(ValueError, match='pos_embedding: missing'):
+    vit_jax.load(tmp_path / 'weights.npz')
 
 
 def test_older_and_newer_names_of_the_paper_load_the_same_model(tmp_path):

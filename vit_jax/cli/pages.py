@@ -18,6 +18,9 @@ CONFIG_HEAD = """# Configuration
 Override a key with `--config.<key>=<value>`. This page is generated from `vit_jax/keys.py`; update
 it with `make pages`.
 
+The table lists the defaults. A config file in `configs/` changes some of them: add `--print_config`
+to a command to print the values that it would use.
+
 For keys of the section `model`, the default None means that the value comes from the `init`
 weights. Without `init`, the value comes from `model.variant` or, if the variant does not define it,
 from the class `ViT`. The only exception is `model.remat`: the run chooses its value."""

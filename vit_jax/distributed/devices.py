@@ -11,12 +11,15 @@ Decisions:
 
 from collections.abc import Mapping
 import contextlib
+import logging
 import math
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from vit_jax.distributed import cluster
+
+log = logging.getLogger(__name__)
 
 AXES = ('data', 'fsdp', 'tensor')
 BATCH = ('data', 'fsdp')  # the axes that a batch is split over
@@ -123,6 +126,13 @@ def make_mesh(
       f'{data * fsdp} devices. Make batch_size a multiple of '
       f'{micro_batches * data * fsdp * group}'
       + (f' ({" x ".join([*factors, PAIRS])}).' if group > 1 else '.')
+    )
+  if math.prod(fitting[0]) < most and dict(shape) != ALL_DATA:
+    log.warning(
+      'The mesh has only %d of %d devices, because batch_size=%d does not divide over more.',
+      math.prod(fitting[0]),
+      len(devices),
+      batch_size,
     )
   return mesh_of(fitting[0])
 

@@ -83,9 +83,8 @@ def draw_readable(
   """
   label_N, checked = train.label_N.copy(), np.empty(0, int)
   while True:
-    fewest = np.bincount(label_N[label_N >= 0], minlength=len(class_names))[
-      : len(class_names)
-    ].min()
+    count_L = np.bincount(label_N[label_N >= 0], minlength=len(class_names))[: len(class_names)]
+    fewest = count_L.min()
     most = max([shots for shots in SHOTS if shots <= fewest], default=min(SHOTS))
     drawn = [draw_shots(label_N, class_names, most, seed) for seed in SEEDS]
     needed = np.unique(drawn)
@@ -98,7 +97,10 @@ def draw_readable(
     checked = np.union1d(checked, unknown)
   if most < max(SHOTS):
     log.warning(
-      'Skipping tests with more than %d shots, because a class has only %d images.', most, fewest
+      'Skipping tests with more than %d shots: class %s has only %d training image(s).',
+      most,
+      class_names[count_L.argmin()],
+      fewest,
     )
   return drawn, needed
 

@@ -74,6 +74,7 @@ def draw_mistakes(
   rows = -(-len(image_NHWC) // columns)
   height, width = image_NHWC.shape[1:3]
   figure = Figure((canvas.WIDTH, (1.5 * height / width + 0.5) * rows), layout='constrained')
+  figure.get_layout_engine().set(h_pad=0.1)  # inches; the upper texts would be cut otherwise
   axes = figure.subplots(rows, columns, squeeze=False).ravel()
   for axis in axes:
     axis.set_axis_off()

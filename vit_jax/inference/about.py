@@ -36,7 +36,7 @@ def about(
   others = measured.get('overrides') or {}
   own = own and {key: str(value) for key, value in others.items()} == changed
   height, width = exp.task.stored_size
-  trained = source_text(exp.config.data, exp.task.train_examples)
+  trained = source_text(exp.config, exp.task.train_examples)
   return {
     'Classes': classes_text(exp),
     'Images': f'The model sees an image at {height} x {width} pixels. Finer details are lost.',

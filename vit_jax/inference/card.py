@@ -159,7 +159,7 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   if config.get('adapt'):  # missing in runs of older versions
     part = f'; only the head and an adapter ({config["adapt"]}) were trained'
   return {
-    'trained on': source_text(config['data'], task['train_examples']),
+    'trained on': source_text(config, task['train_examples']),
     'trained for': 'no steps: the head was computed from the features of these images '
     f'({config["classifier"]})'
     if config.get('classifier')
@@ -171,15 +171,14 @@ def training(loaded: Pretrained, source: str) -> dict[str, str]:
   }
 
 
-def source_text(data: Mapping, count: int) -> str:
-  """Describes training data: the dataset, the split and the number of images.
-
-  Args:
-    data: the keys `data.*` of a config.
-    count: number of training images.
-  """
+def source_text(config: Mapping, count: int) -> str:
+  """Describes training data: the dataset, the split or splits, and the number of images."""
+  data = config['data']
   kind, colon, name = data['source'].partition(':')
-  return f'`{kind}{colon}{public(name)}`, split `{data["train_split"]}`: {count:,} images'
+  split = f'split `{data["train_split"]}`'
+  if config.get('sweep'):  # the final head is also trained on the validation images
+    split = f'splits `{data["train_split"]}` and `{data["val_split"]}`'
+  return f'`{kind}{colon}{public(name)}`, {split}: {count:,} images'
 
 
 def public(path: str) -> str:

@@ -27,6 +27,7 @@ from vit_jax.model.variants import (
   make,
   stretched,
   variant_fields,
+  variant_of,
 )
 from vit_jax.model.vit import ViT, first_layer, last_layer
 
@@ -78,6 +79,7 @@ __all__ = [
   'stretched',
   'unit',
   'variant_fields',
+  'variant_of',
   'wants_stored',
   'without_pool',
 ]

@@ -14,7 +14,7 @@ from vit_jax.model.patching import as_size
 from vit_jax.model.pooling import POOLS
 from vit_jax.model.positions import POSITION_PREFIXES, POSITIONS
 from vit_jax.model.vit import ViT, first_layer, last_layer
-from vit_jax.names import check_positive, choose
+from vit_jax.names import check_positive, choose, pair
 
 # Sources: paper, Table 1; for g and G, Zhai et al. 2021 (2106.04560), Table 2; for Ti and S,
 # Touvron et al. 2020 (2012.12877), Table 1. The last three sizes are this project's own, for
@@ -50,6 +50,17 @@ ATTRIBUTES = tuple(f.name for f in dataclasses.fields(ViT) if f.name not in ('pa
 def attributes(model: ViT) -> dict:
   """Returns the attributes of a model; `ViT(**attributes)` creates the same model."""
   return {name: getattr(model, name) for name in ATTRIBUTES}
+
+
+def variant_of(model: ViT) -> str | None:
+  """Returns the variant that has the sizes of a model, such as `B/16`; None if there is none."""
+  height, width = pair(model.patch_size)
+  own = attributes(model) | {'patch_size': height}
+  for name, fields in VARIANTS.items():
+    sizes = {'patch_size': height, 'head_dim': None, 'resnet': None} | fields
+    if height == width and all(own[key] == value for key, value in sizes.items()):
+      return name if 'patch_size' in fields else f'{name}/{height}'
+  return None
 
 
 def make(variant: str | None, num_classes: int | None, **overrides: object) -> ViT:

@@ -261,6 +261,8 @@ def compile_step(
     exp, step = fit_step(exp, lower, mesh, state)
   flops = exp.config.batch_size * model_flops(exp, state.params) if exp.sees_images else 0
   devices = f'{mesh.size} {target(mesh).platform} device(s)'
+  if mesh.shape['data'] < mesh.size:
+    devices += f' ({", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())})'
   height, width, _ = exp.image_shape
   log.info(
       'Compiled in %.1f s for images of %dx%d and patches of %dx%d; training %d steps on %s.',

@@ -88,6 +88,7 @@ def train_head(
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
     best = max((point for point in points if score_of(point) is not None), key=score_of)
+    log.info('Training the final head at the best learning rate, %s.', short(best['lr']))
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
   return fit(exp, training, mesh, workdir, **notes)
@@ -161,6 +162,7 @@ def sweep(
   measure = f'val_{"mean_average_precision" if exp.task.multi_label else "accuracy"}'
   with Preemption() as preemption:
     for rate in exp.config.sweep:
+      log.info('Training a head at learning rate %s.', short(rate))
       try:
         score = score_rate(exp, training, mesh, workdir / 'sweep' / short(rate), rate, origin)
       except FloatingPointError as error:

@@ -5,6 +5,8 @@ Decisions:
   * Each array is read completely, so that its checksum is verified. Nothing is unpickled.
   * Models of the paper are written with the names of the paper's files (`OLDER`). Models that
     only big_vision has are written with big_vision's names (`NEWER`).
+  * A file with big_vision's names and without positions is a model with sin-cos positions
+    (`posemb='sincos2d'`), because big_vision computes and does not store them.
 """
 
 import io
@@ -36,21 +38,11 @@ OLDER = ('MultiHeadDotProductAttention_1', 'LayerNorm_0', 'LayerNorm_2', 'MlpBlo
 NEWER = ('MultiHeadDotProductAttention_0', 'LayerNorm_0', 'LayerNorm_1', 'MlpBlock_0')
 
 HOLDS = {
-  'position': ('learned',),
-  'num_registers': (0,),
-  'layer_scale': (None,),
-  'pre_norm': (False,),
-  'norm_after_pool': (False,),
-  'qkv_bias': (True,),
-  'key_bias': (None,),
-  'qk_norm': (False,),
-  'out_norm': (False,),
-  'mlp': ('plain',),
-  'activation': ('gelu_tanh',),
-  'norm_epsilon': (1e-6,),
-  'projection': (None,),
-  'cosine': (False,),
-}
+  'position': ('learned', 'sincos'), 'num_registers': (0,), 'layer_scale': (None,),
+  'pre_norm': (False,), 'norm_after_pool': (False,), 'qkv_bias': (True,), 'key_bias': (None,),
+  'qk_norm': (False,), 'out_norm': (False,), 'mlp': ('plain',), 'activation': ('gelu_tanh',),
+  'norm_epsilon': (1e-6,), 'projection': (None,), 'cosine': (False,),
+}  # fmt: skip
 
 # Prefixes of all parameter names in: the paper's files, big_vision's files, big_vision's image
 # towers (two prefixes), older files of big_vision. The first prefix that fits is used.
@@ -184,6 +176,8 @@ def read_npz(path: pathlib.Path) -> Weights:
   if stages is not None:
     *_, channels, fields['resnet_width'] = check_axes(path, 'conv_root', get('conv_root/kernel'), 4)
   positions = paper_positions if paper_positions in inside else 'pos_embedding'
+  if spelling == NEWER and positions not in inside:
+    fields['position'] = 'sincos'
   return Weights(
     origin=str(path),
     arrays=arrays,
@@ -270,7 +264,10 @@ def save_npz(
   refuse('npz', model, HOLDS | {'pool': ('cls', 'gap', 'map', 'none')})
   if model.pool in ('gap', 'map'):  # on reading, a class token means pool='cls'
     refuse('npz', model, {'class_token': (None, False)})
-  big_vision = model.pool == 'map' or (model.has_class and model.position_prefix == 'none')
+  if computed := model.position == 'sincos':
+    refuse('npz', model, {'position_grid': (None,)})
+  without = model.has_class and model.position_prefix == 'none'
+  big_vision = model.pool == 'map' or without or computed
   fields = {'depth': model.depth, 'resnet': model.resnet}
   if big_vision:
     rows = table(fields, NEWER, 'pos_embedding', prefix='params/')

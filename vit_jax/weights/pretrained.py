@@ -34,6 +34,8 @@ from vit_jax.weights.formats import Pretrained, Weights
 
 log = logging.getLogger(__name__)
 
+USUAL_SIZE = 224  # pixels; image size of models whose weights do not tell it
+
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
@@ -227,7 +229,8 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
   ]
   grid = to.grid
   if not found:  # nothing to resize; `read_params` reports positions that are missing
-    return source.grid or check_grid('grid', grid or (1, 1))
+    usual = tuple(max(USUAL_SIZE // p, 1) for p in model.patch_size)
+    return source.grid or check_grid('grid', grid or usual)
   if found[0].ndim not in (2, 3):
     raise ValueError(
       f'{source.origin}: positions have shape {found[0].shape}, expected 2 or 3 axes.'

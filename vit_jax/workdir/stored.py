@@ -257,9 +257,10 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """
   found = saved_steps(workdir)
   if not found:
+    problem = f'no checkpoint in {directory(workdir)}' if workdir.exists() else 'no such folder'
     raise ValueError(
-      f'{workdir}: no checkpoint in {directory(workdir)}. Use the --workdir of a run that has '
-      'saved a checkpoint. A run saves one every checkpoint_every steps and at the end.'
+      f'{workdir}: {problem}. Use the --workdir of a run that has saved a checkpoint. A run saves '
+      'one every checkpoint_every steps and at the end.'
     )
   if step == 'last':
     return [(n, 'the last checkpoint') for n in found]
