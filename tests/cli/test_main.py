@@ -310,7 +310,7 @@ def test_features_are_stored_only_once_in_memory():
     ([CONFIG, '--workdir=x', '--config.ema=0.99999999'], 'from 0 to 0.9999999, got 0.99999999'),
     ([CONFIG, '--workdir=x', '--config.model.num_heads=5'], 'not divisible by model.num_heads=5'),
     ([CONFIG, '--workdir=x', '--config.model.patch_size=3'], '8x8 pixels'),
-    (['--mode=eval', '--workdir=nowhere'], 'no checkpoint'),
+    (['--mode=eval', '--workdir=nowhere'], 'no checkpoint, because there is no such folder'),
     (['--mode=predict', '--workdir=nowhere', '--images=x.png'], 'no checkpoint'),
     (['--mode=predict', '--workdir=nowhere'], '--images'),
     (['--mode=predict', '--workdir=w', '--images=a', '--features=pooled'], 'needs --out'),

@@ -125,6 +125,12 @@ def test_an_indivisible_batch_error_names_the_multiple(arguments, shape, message
     devices_lib.make_mesh(*arguments, shape=devices_lib.ALL_DATA | shape)
 
 
+def test_devices_that_a_requested_mesh_leaves_out_are_reported(caplog):
+  assert devices_lib.make_mesh(7).size == 1 and not caplog.messages  # the user asked for no mesh
+  assert devices_lib.make_mesh(7, shape=devices_lib.ALL_DATA | {'fsdp': -1}).size == 1
+  assert 'The mesh has only 1 of 2 devices, because batch_size=7 does' in caplog.text
+
+
 # Shape of each array, and the mesh axes that split it: with `fsdp` alone, and with `tensor` too.
 SPECS = {
   'embedding/kernel': ((4, 4, 3, 128), [None, None, None, 'fsdp'], [None, None, None, 'fsdp']),

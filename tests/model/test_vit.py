@@ -524,3 +524,9 @@ def test_the_attention_of_a_map_head_is_zero_before_the_patches():
   found_BKN = pooling.map_probe(types.SimpleNamespace(num_prefix=2), sown)
   assert not found_BKN[:, :, :2].any()
   np.testing.assert_array_equal(found_BKN[:, :, 2:], share_BK1P[:, :, 0].astype(np.float32))
+
+
+@pytest.mark.parametrize('name', ['B/16', 'S/32', 'tiny', 'wide', 'R50+B/16', 'R+Ti/32'])
+def test_the_variant_of_a_model_is_found_from_its_sizes(name):
+  assert variants.variant_of(variants.make(name, 10)) == name
+  assert variants.variant_of(variants.make(name, 10, depth=3)) is None

@@ -18,11 +18,13 @@ import pytest
 from benchmarks import probe as benchmark
 from tests.conftest import assert_equal, check_resumes_exactly, run_model, small_config
 from vit_jax import cli, inherit, opening
+from vit_jax import config as config_lib
 from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import cluster, devices, sharding
 from vit_jax.evaluation import exact, features
 from vit_jax.experiment import assemble
+from vit_jax.inference import card
 from vit_jax.model import attention
 from vit_jax.training import closed_form, loop, probe, resume, session, state, trainer
 from vit_jax.training.step import make_train_step
@@ -282,6 +284,8 @@ def test_sweep_chooses_on_val_and_trains_on_both_splits(trained, tmp_path, count
     assert not cli.main([f'--workdir={tmp_path}'])  # the run is already finished
     assert f'{result["test_accuracy"]:.2%} on 256' in capsys.readouterr().out
   assert fitted == [('0.001', 768), ('0.1', 768), ('0.1', 768), (tmp_path.name, 1024)]
+  splits = card.source_text(config_lib.from_dict(result['config']), 1024)
+  assert splits == '`synthetic`, splits `train[:75%]` and `train[75%:]`: 1,024 images'
   assert sorted(counted) == [256, 256, 768]  # once for each split, not again for each rate
 
   points = {point['lr']: point['val_accuracy'] for point in result['sweep']}

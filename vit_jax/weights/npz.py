@@ -178,6 +178,7 @@ def read_npz(path: pathlib.Path) -> Weights:
   positions = paper_positions if paper_positions in inside else 'pos_embedding'
   if spelling == NEWER and positions not in inside:
     fields['position'] = 'sincos'
+    log.info('%s: sin-cos positions. The file does not tell the image size (default: 224).', path)
   return Weights(
     origin=str(path),
     arrays=arrays,

@@ -257,7 +257,9 @@ def preferred(workdir: pathlib.Path, step: str) -> list[tuple[int, str]]:
   """
   found = saved_steps(workdir)
   if not found:
-    problem = f'no checkpoint in {directory(workdir)}' if workdir.exists() else 'no such folder'
+    problem = f'no checkpoint in {directory(workdir)}'
+    if not workdir.exists():
+      problem = 'no checkpoint, because there is no such folder'
     raise ValueError(
       f'{workdir}: {problem}. Use the --workdir of a run that has saved a checkpoint. A run saves '
       'one every checkpoint_every steps and at the end.'
