@@ -158,8 +158,9 @@ def kill(
 
 
 def averages(workdir: pathlib.Path, step: int) -> str:
-  """Returns a checksum of the averaged weights, which inference uses."""
-  return items.digest(stored.read_item(workdir, step, 'state')['ema'])
+  """Returns a checksum of the weights that inference uses: averaged ones, if the run has them."""
+  averaged = stored.read_item(workdir, step, 'state').get('ema')
+  return items.digest(averaged or stored.read_item(workdir, step, 'params'))
 
 
 def sequence() -> list[str]:
