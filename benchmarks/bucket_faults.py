@@ -127,10 +127,8 @@ def kill(
     (folder / name).mkdir(parents=True)
   flags, image = task.command(images, DATA), next(images.rglob('*.*g'))
   began, process = time.monotonic(), start(RUN, flags, folder)
-  step, pause = (
-    draw.randrange(0, task.steps, task.every),
-    draw.uniform(0, 1.5),
-  )  # step 0: kill at the start
+  step = draw.randrange(0, task.steps, task.every)  # step 0: kill at the start
+  pause = draw.uniform(0, 1.5)
   while process.poll() is None and max(steps_in(server), default=0) < step:
     time.sleep(0.05)
   time.sleep(pause if step else draw.uniform(0, task.early))

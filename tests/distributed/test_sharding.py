@@ -126,7 +126,9 @@ def test_an_indivisible_batch_error_names_the_multiple(arguments, shape, message
 
 
 def test_devices_that_a_requested_mesh_leaves_out_are_reported(caplog):
-  assert devices_lib.make_mesh(7).size == 1 and not caplog.messages  # the user asked for no mesh
+  assert devices_lib.make_mesh(7).size == 1  # the user asked for no mesh
+  one = dict.fromkeys(devices_lib.AXES, 1)
+  assert devices_lib.make_mesh(8, shape=one).size == 1 and not caplog.messages
   assert devices_lib.make_mesh(7, shape=devices_lib.ALL_DATA | {'fsdp': -1}).size == 1
   assert 'The mesh has only 1 of 2 devices, because batch_size=7 does' in caplog.text
 

@@ -127,11 +127,11 @@ def make_mesh(
       f'{micro_batches * data * fsdp * group}'
       + (f' ({" x ".join([*factors, PAIRS])}).' if group > 1 else '.')
     )
-  if math.prod(fitting[0]) < most and dict(shape) != ALL_DATA:
+  if fitting[0] != sizes[0] and dict(shape) != ALL_DATA:
+    counts = math.prod(fitting[0]), math.prod(sizes[0])
     log.warning(
       'The mesh has only %d of %d devices, because batch_size=%d does not divide over more.',
-      math.prod(fitting[0]),
-      len(devices),
+      *counts,
       batch_size,
     )
   return mesh_of(fitting[0])
