@@ -1,4 +1,4 @@
-"""Tests matrix products with stored transposed operands, LayerNorm, and the masks of dropout."""
+"""Tests products with stored transposes, activations, LayerNorm, and the masks of dropout."""
 
 from flax import linen as nn
 import jax
@@ -8,7 +8,7 @@ import pytest
 
 from vit_jax.distributed import Target, compiled_for
 from vit_jax.model import products
-from vit_jax.model.layers import CpuLayerNorm, Dense, keep_mask, norm_layer
+from vit_jax.model.layers import ACTIVATIONS, CpuLayerNorm, Dense, keep_mask, norm_layer
 
 
 @pytest.mark.slow_after_first
@@ -71,6 +71,26 @@ def test_the_two_values_of_a_random_number_are_independent():
   halves = keep[:, :200], keep[:, 200:]
   same = (halves[0] == halves[1]).mean()
   assert abs(same - 0.5) < 4 * 0.5 / halves[0].size ** 0.5
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_activations_in_bfloat16_are_those_of_float64_rounded_once(name):
+  random = np.random.default_rng(0)
+  x, dy = (jnp.asarray(random.normal(size=2000), jnp.bfloat16) for _ in range(2))
+  y, gradient = jax.vjp(lambda x: products.activate(ACTIVATIONS[name], x), x)
+  with jax.enable_x64(True):
+    exact_y, exact_gradient = jax.vjp(ACTIVATIONS[name], jnp.asarray(x, jnp.float64))
+    exact = exact_y, *exact_gradient(jnp.asarray(dy, jnp.float64))
+  for array, reference in zip((y, *gradient(dy)), exact):
+    assert array.dtype == jnp.bfloat16
+    # rtol: half of the distance between neighbouring values of bfloat16
+    np.testing.assert_allclose(np.asarray(array, np.float64), reference, rtol=2**-8, atol=1e-6)
+
+
+def test_the_backward_pass_stores_the_input_of_an_activation_in_bfloat16():
+  x = jnp.ones((8, 4), jnp.bfloat16)
+  _, gradient = jax.vjp(lambda x: products.activate(ACTIVATIONS['gelu'], x), x)
+  assert [(a.shape, a.dtype) for a in jax.tree.leaves(gradient) if a.ndim] == [(x.shape, x.dtype)]
 
 
 @pytest.mark.parametrize('axes, dtype', [(1, 'float32'), (2, 'float32'), (1, 'bfloat16')])

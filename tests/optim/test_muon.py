@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from tests.conftest import small_config
-from vit_jax.distributed import devices
+from vit_jax.distributed import devices, replicated
 from vit_jax.optim import muon, optimizers, training_recipe
 
 MESH = devices.make_mesh()
@@ -110,6 +111,16 @@ def test_each_device_orthogonalizes_its_share_in_the_given_type(dtype, short):
   assert MESH.size == 2 and 'tensor<2x6x9xf32>' in program  # a share of three matrices
   products = [line for line in program.splitlines() if 'dot_general' in line]
   assert products and all(f'x{short}>' in line for line in products)
+
+
+def test_devices_exchange_each_group_of_equal_shapes_only_once():
+  optimizer = training_recipe(small_config(**{'optimizer.name': 'muon'}), 1024)['optimizer']
+  params = kernels_of_blocks(0)
+  args = jax.device_put((params, optimizer.init(params), params), replicated(MESH))
+  update = functools.partial(optimizer.update, mesh=MESH, dtype=jnp.float32)
+  program = jax.jit(update, out_shardings=replicated(MESH)).lower(*args).compile().as_text()
+  exchanges = re.findall(r' (all-[a-z]+|collective-[a-z]+|reduce-scatter)\(', program)
+  assert exchanges == ['all-gather'] * 2  # shapes 6 x 6 and 6 x 9
 
 
 @pytest.mark.slow

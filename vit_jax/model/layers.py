@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vit_jax.distributed import target
 from vit_jax.model import attention, positions
-from vit_jax.model.products import layer_norm, matmul
+from vit_jax.model.products import activate, layer_norm, matmul
 
 # The paper's code uses `gelu_tanh`, models from PyTorch use `gelu`, the first CLIP models use
 # `quick_gelu`, and gated MLPs mostly use `silu`.
@@ -221,7 +221,7 @@ class Attention(nn.Module):
 
 def plain_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
   """Returns M hidden units `f(x W + b)` for each token, `[B, N, M]`; f is the activation."""
-  return ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='up')(x_BND))
+  return activate(ACTIVATIONS[block.activation], dense((block.mlp_dim,), name='up')(x_BND))
 
 
 def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
@@ -230,7 +230,7 @@ def gated_units(block: Block, dense: Callable, x_BND: jax.Array) -> jax.Array:
   f is the activation: `silu` gives SwiGLU, and `gelu` gives GEGLU (Shazeer 2020, 2002.05202,
   equation 6, where the MLPs have no biases).
   """
-  gate_BNM = ACTIVATIONS[block.activation](dense((block.mlp_dim,), name='gate')(x_BND))
+  gate_BNM = activate(ACTIVATIONS[block.activation], dense((block.mlp_dim,), name='gate')(x_BND))
   return gate_BNM * dense((block.mlp_dim,), name='up')(x_BND)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products and LayerNorm, computed so that they are also fast on CPUs.
+"""Matrix products, activation functions and LayerNorm, computed so that they are fast on CPUs.
 
 Decisions:
   * Every product is two-dimensional, `[N, I] x [I, O]`, with N rows, I inputs and O outputs. On
@@ -8,6 +8,7 @@ Decisions:
     vectors. This saves time if rows are short, as in QK-norm. results/notes.md has the step times.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -74,6 +75,18 @@ def wants_stored(dtype: jnp.dtype) -> bool:
 def stored_transpose(x: jax.Array) -> jax.Array:
   """Swaps the last two axes of an array, and stores the result in row-major order."""
   return with_layout_constraint(jnp.swapaxes(x, -1, -2), Layout(tuple(range(x.ndim))))
+
+
+def activate(function: Callable, x: jax.Array) -> jax.Array:
+  """Returns `function(x)` for an elementwise activation function, in the type of x.
+
+  For every single operation in bfloat16, XLA's CPU backend converts the arguments to float32 and
+  the result to bfloat16. So on CPUs, the whole function is computed in float32, and only its result
+  is converted. The backward pass computes it again, so that no float32 values have to be stored.
+  """
+  if target().platform != 'cpu' or x.dtype == jnp.float32:
+    return function(x)
+  return jax.checkpoint(lambda x: function(x.astype(jnp.float32)).astype(x.dtype))(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -114,6 +114,8 @@ def over_devices(x_KMN: jax.Array, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
   """Applies `newton_schulz` to K matrices, which are divided among the devices of the mesh."""
   count = len(x_KMN)
   x_KMN = jnp.pad(x_KMN, ((0, -count % mesh.size), (0, 0), (0, 0)))  # a zero matrix stays zero
+  # Without this constraint, XLA splits the momenta too, with one exchange per matrix.
+  x_KMN = jax.lax.with_sharding_constraint(x_KMN, replicated(mesh))
   stored = target(mesh).platform == 'cpu' and wants_stored(dtype)
   iterate = functools.partial(
     newton_schulz, dtype=dtype, swap=stored_transpose if stored else jnp.transpose
