@@ -27,6 +27,7 @@ from vit_jax.distributed.devices import (
   make_mesh,
   shares,
   smallest_batch,
+  splits,
   start_up,
 )
 from vit_jax.distributed.fitted import Fitted
@@ -90,6 +91,7 @@ __all__ = [
   'shares',
   'size_on_device',
   'smallest_batch',
+  'splits',
   'start_up',
   'target',
   'to_host',

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import optax
 
-from vit_jax.distributed import replicated, target
+from vit_jax.distributed import replicated, splits, target
 from vit_jax.model import ADAPTED, stored_transpose, wants_stored
 
 # Newton-Schulz iteration of Jordan et al. 2024: `x <- a x + b (x x^T) x + c (x x^T)^2 x`. These
@@ -114,8 +114,8 @@ def over_devices(x_KMN: jax.Array, mesh: Mesh, dtype: jnp.dtype) -> jax.Array:
   """Applies `newton_schulz` to K matrices, which are divided among the devices of the mesh."""
   count = len(x_KMN)
   x_KMN = jnp.pad(x_KMN, ((0, -count % mesh.size), (0, 0), (0, 0)))  # a zero matrix stays zero
-  # Without this constraint, XLA splits the momenta too, with one exchange per matrix.
-  x_KMN = jax.lax.with_sharding_constraint(x_KMN, replicated(mesh))
+  if not splits(mesh):  # every device has all momenta, but XLA would exchange them one by one
+    x_KMN = jax.lax.with_sharding_constraint(x_KMN, replicated(mesh))
   stored = target(mesh).platform == 'cpu' and wants_stored(dtype)
   iterate = functools.partial(
     newton_schulz, dtype=dtype, swap=stored_transpose if stored else jnp.transpose
