@@ -199,11 +199,11 @@ def test_maps_use_the_plain_path_where_the_model_uses_a_fused_kernel(monkeypatch
     calls.clear()
     looked, _ = model.apply({'params': params}, image, mutable=['intermediates'])
     layers, read = maps.attentions(model, params, image)
-  assert set(calls) == {'plain'}
+    assert set(calls) == {'plain'}
+    want_layers, want_read = maps.attentions(model.clone(attention='plain'), params, image)
+
   tolerance = {'cpu': 1e-5, 'cuda': 0.1}[backend]
   np.testing.assert_allclose(looked, logits, atol=tolerance)
-
-  want_layers, want_read = maps.attentions(model.clone(attention='plain'), params, image)
   for found, want in zip([*layers, read], [*want_layers, want_read]):
     np.testing.assert_array_equal(found, want)
 
