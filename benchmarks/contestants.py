@@ -125,7 +125,7 @@ def vit_jax_input(work: works.Work, _: dict) -> Program:
   def augmented(part, key):
     return exp.augment(key, part['example'], part['image'])
 
-  parts = exp.micro_batches(mesh, work.batch_size)
+  parts = exp.training_parts(mesh)
   augment = jax.jit(microbatch.concatenate(augmented, mesh, parts))
 
   def run(steps):

@@ -21,6 +21,7 @@ from vit_jax.model import (
   applied,
   check_adapter,
   check_parameters,
+  kept_bytes,
   make,
   merged,
   stretched,
@@ -50,9 +51,8 @@ class Experiment:
   `fit` resizes an image on the host. `names` lists the files that the weights were trained on; None
   if no list was recorded. Only training needs `teacher` and `weight_L`, the weights of the
   classes in the loss. Both are None if the run does not use them. `calibration` turns logits into
-  probabilities. `parts` is the number of micro-batches with which a training step fits into memory;
-  None if not computed. `pack` pads images that keep their aspect ratio; None if all images are
-  resized to one shape.
+  probabilities. `parts` is the number of micro-batches with which a training step fits into memory.
+  `pack` pads images that keep their aspect ratio. The last two are None if they are not needed.
   """
 
   config: ConfigDict
@@ -178,21 +178,22 @@ class Experiment:
       return jax.nn.sigmoid(logits_BL)
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
-  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
+  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int, backward: bool = False) -> int:
     """Returns the number of micro-batches with which a device is fastest.
 
-    If each device gets an even number of images, two images that are mixed with each other stay in
-    the same micro-batch.
+    Images that are mixed in pairs stay together if each device gets an even number of images.
+    `backward` tells whether a backward pass follows.
     """
     size, patch = self.image_shape, self.model.patch_size
     patches = self.pack.most if self.pack else (size[0] // patch[0]) * (size[1] // patch[1])
     together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
-    return micro_batches(mesh, batch_size, patches, self.model.width, together)
+    kept = kept_bytes(self.model, patches) if backward else 0
+    return micro_batches(mesh, batch_size, patches, self.model.width, together, kept)
 
   def training_parts(self, mesh: jax.sharding.Mesh) -> int:
     """Returns the number of micro-batches of a training step."""
-    config = self.config
-    return config.micro_batches or self.parts or self.micro_batches(mesh, config.batch_size)
+    given = self.config.micro_batches or self.parts
+    return given or self.micro_batches(mesh, self.config.batch_size, backward=True)
 
   def budget(self, mesh: jax.sharding.Mesh) -> float | None:
     """Returns the bytes that a program may use on each device; None if no limit is known."""

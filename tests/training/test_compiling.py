@@ -12,7 +12,8 @@ from vit_jax.distributed import batch_sharding, layout, make_mesh, needed_bytes
 from vit_jax.evaluation import summarize
 from vit_jax.inference import cost
 from vit_jax.limits import OutOfMemory
-from vit_jax.training import compiling, trainer
+from vit_jax.model import kept_bytes
+from vit_jax.training import compiling, tracing, trainer
 from vit_jax.training.compiling import Plan
 from vit_jax.training.state import init_state
 from vit_jax.training.step import make_train_step
@@ -47,6 +48,18 @@ class Step:
 
   def fit(self):
     return compiling.fit_step(self.exp, self.lower, self.mesh, self.state)
+
+
+@pytest.mark.parametrize('pixels, dtype', [('12', 'float32'), ('32', 'float32'), ('32', 'bfloat16')])
+def test_the_c_library_keeps_the_temporary_memory_of_a_step_on_a_cpu(pixels, dtype):
+  laptop = {'model.width': '128', 'model.mlp_dim': '256', 'model.depth': '6', 'model.num_heads': '2'}
+  sizes = {'data.image_size': pixels, 'batch_size': '256', 'epochs': '4', 'model.dtype': dtype}
+  step = Step(**laptop, **sizes)
+  _, compiled = step.fit()
+  assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
+  tokens, exact = (int(pixels) // 4) ** 2, tracing.activations(step.exp, step.state.params).total()
+  estimate = tokens * kept_bytes(step.exp.model, tokens)
+  assert dtype == 'bfloat16' or 0.75 < estimate / exact < 1.25
 
 
 def test_the_chosen_step_fits_90_percent_of_the_memory_and_is_compiled_once():

@@ -10,6 +10,9 @@ Decisions:
     end. For small models, this division is far faster than a single program that runs the whole
     batch on all cores (`plain_linen` in results/speed_cpu.json). For wide models, the division
     makes no difference.
+  * In a training step on a CPU, the activations of a micro-batch should take less than 32 MiB. The
+    GNU C library returns larger blocks of memory to the operating system after each step. The next
+    step then waits until the operating system has cleared new memory (results/micro_batches.json).
 """
 
 from collections.abc import Callable
@@ -30,9 +33,14 @@ from vit_jax.distributed.sharding import keep_layout
 # use larger micro-batches, so that reading the weights is only a small part of the work.
 TOKENS = 1024
 TOKENS_PER_WIDTH = 4
+# Bytes of activations in a micro-batch of a training step on a CPU. The rest of the 32 MiB is for
+# gradients.
+ACTIVATION_BYTES = 31 * 2**20
 
 
-def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: int = 1) -> int:
+def micro_batches(
+  mesh: Mesh, batch_size: int, tokens: int, width: int, group: int = 1, kept: int = 0
+) -> int:
   """Returns the best number of micro-batches into which each device divides its part of a batch.
 
   Args:
@@ -42,17 +50,22 @@ def micro_batches(mesh: Mesh, batch_size: int, tokens: int, width: int, group: i
     width: width of the model.
     group: number of neighbouring examples that stay together in a micro-batch: 2 if images are
       mixed in pairs, else 1.
+    kept: bytes of activations per token that a backward pass needs; 0 without a backward pass.
 
   Returns:
     1 on accelerators. On a CPU, the number for which a micro-batch has about `TOKENS` tokens, or
-    about `TOKENS_PER_WIDTH * width` tokens if this is more.
+    about `TOKENS_PER_WIDTH * width` tokens if this is more. The number is larger if the activations
+    then fit into `ACTIVATION_BYTES`, and a micro-batch still has at least `TOKENS / 4` and `width`
+    tokens.
   """
   if target(mesh).platform != 'cpu':
     return 1
   rows = batch_size // devices.shares(mesh)
   best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
   divisors = [n for n in range(group, rows + 1, group) if rows % n == 0]
-  return rows // min(divisors, key=lambda n: abs(math.log(n / best)))
+  least = max(TOKENS // 4, width)
+  small = [n for n in divisors if least <= n * tokens and n * tokens * kept <= ACTIVATION_BYTES]
+  return rows // min(small or divisors, key=lambda n: abs(math.log(n / best)))
 
 
 def add_up(function: Callable, mesh: Mesh, parts: int) -> Callable:

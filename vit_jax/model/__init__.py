@@ -9,7 +9,7 @@ from vit_jax.model.adapters import (
   merged,
 )
 from vit_jax.model.attention import ATTENTION, flash, flash_obstacle, plain, select_kernel
-from vit_jax.model.encoder import REMAT, Encoder
+from vit_jax.model.encoder import REMAT, Encoder, kept_bytes
 from vit_jax.model.heads import head_logits, knn_logits, unit
 from vit_jax.model.layers import ACTIVATIONS, MLPS, Block, Dense
 from vit_jax.model.patching import Packer, Padded, cut, native_grid, resize_embedding
@@ -63,6 +63,7 @@ __all__ = [
   'flash',
   'flash_obstacle',
   'head_logits',
+  'kept_bytes',
   'knn_logits',
   'last_layer',
   'make',

@@ -79,7 +79,7 @@ def possible_plans(exp: Experiment, mesh: jax.sharding.Mesh) -> list[Plan]:
   """Returns the plans that the config allows; the first is fastest, the last needs least memory."""
   config, rows = exp.config, exp.config.batch_size // shares(mesh)
   together = group(config) if rows % 2 == 0 else 1  # a pair for mixup stays in one micro-batch
-  first = exp.micro_batches(mesh, config.batch_size)
+  first = exp.micro_batches(mesh, config.batch_size, backward=True)
   counts = [n for n in range(first, rows + 1) if rows % n == 0 and rows // n % together == 0]
   counts = [config.micro_batches] if config.micro_batches else counts
   remats = [config.model.remat] if config.model.remat else list(REMAT)
