@@ -64,7 +64,7 @@ TRAINING = {
   'micro_batches': Key(
     None, 'number of micro-batches into which each device splits its part of the batch, to save '
     'memory; None: the smallest number for which a training step fits into memory; on a CPU, the '
-    'number can be larger, so that a micro-batch fits into the cache of a core', kind=int,
+    'number can be larger, so that a step takes less time', kind=int,
     range=COUNT, may_change=True,
   ),
   'device_memory': Key(

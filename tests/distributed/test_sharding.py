@@ -25,6 +25,7 @@ from vit_jax.model import variants
     (254, 64, 48, 1),  # 127 is prime: one part rather than 127
     (64, 16, 48, 1),
     (4, 4096, 48, 2),  # one image already has more tokens
+    (46, 250, 48, 23),  # 23 is prime: 250 tokens are nearer to 1,024 than 23 times as many
   ],
 )
 def test_micro_batches_fit_the_cache(batch_size, tokens, width, parts):

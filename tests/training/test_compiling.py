@@ -50,11 +50,13 @@ class Step:
     return compiling.fit_step(self.exp, self.lower, self.mesh, self.state)
 
 
-@pytest.mark.parametrize('pixels, dtype', [('12', 'float32'), ('32', 'float32'), ('32', 'bfloat16')])
+@pytest.mark.parametrize(
+  'pixels, dtype', [('12', 'float32'), ('32', 'float32'), ('32', 'bfloat16')]
+)
 def test_the_c_library_keeps_the_temporary_memory_of_a_step_on_a_cpu(pixels, dtype):
-  laptop = {'model.width': '128', 'model.mlp_dim': '256', 'model.depth': '6', 'model.num_heads': '2'}
-  sizes = {'data.image_size': pixels, 'batch_size': '256', 'epochs': '4', 'model.dtype': dtype}
-  step = Step(**laptop, **sizes)
+  sizes = {'width': '128', 'mlp_dim': '256', 'depth': '6', 'num_heads': '2', 'dtype': dtype}
+  model = {f'model.{key}': value for key, value in sizes.items()}
+  step = Step(**model, **{'data.image_size': pixels, 'batch_size': '256', 'epochs': '4'})
   _, compiled = step.fit()
   assert compiled.memory_analysis().temp_size_in_bytes < 32 * 2**20
   tokens, exact = (int(pixels) // 4) ** 2, tracing.activations(step.exp, step.state.params).total()

@@ -54,17 +54,17 @@ def micro_batches(
 
   Returns:
     1 on accelerators. On a CPU, the number for which a micro-batch has about `TOKENS` tokens, or
-    about `TOKENS_PER_WIDTH * width` tokens if this is more. The number is larger if the activations
-    then fit into `ACTIVATION_BYTES`, and a micro-batch still has at least `TOKENS / 4` and `width`
-    tokens.
+    about `TOKENS_PER_WIDTH * width` tokens if this is more. With a backward pass, the number is
+    larger if the activations then fit into `ACTIVATION_BYTES`, and a micro-batch still has at least
+    `TOKENS / 4` and `width` tokens.
   """
   if target(mesh).platform != 'cpu':
     return 1
   rows = batch_size // devices.shares(mesh)
   best = max(max(TOKENS, TOKENS_PER_WIDTH * width) / tokens, 1)
   divisors = [n for n in range(group, rows + 1, group) if rows % n == 0]
-  least = max(TOKENS // 4, width)
-  small = [n for n in divisors if least <= n * tokens and n * tokens * kept <= ACTIVATION_BYTES]
+  least, most = max(TOKENS // 4, width), ACTIVATION_BYTES // kept if kept else 0
+  small = [n for n in divisors if least <= n * tokens <= most]
   return rows // min(small or divisors, key=lambda n: abs(math.log(n / best)))
 
 
