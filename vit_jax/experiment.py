@@ -51,8 +51,9 @@ class Experiment:
   `fit` resizes an image on the host. `names` lists the files that the weights were trained on; None
   if no list was recorded. Only training needs `teacher` and `weight_L`, the weights of the
   classes in the loss. Both are None if the run does not use them. `calibration` turns logits into
-  probabilities. `parts` is the number of micro-batches with which a training step fits into memory.
-  `pack` pads images that keep their aspect ratio. The last two are None if they are not needed.
+  probabilities. `parts` is the number of micro-batches with which a training step fits into memory;
+  None if not computed. `pack` pads images that keep their aspect ratio; None if all images are
+  resized to one shape.
   """
 
   config: ConfigDict
@@ -179,15 +180,15 @@ class Experiment:
     return jax.nn.softmax(logits_BL / self.calibration.temperature)
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int, backward: bool = False) -> int:
-    """Returns the number of micro-batches with which a device is fastest.
+    """Returns the fastest number of micro-batches on a device, without or with a backward pass.
 
-    Images that are mixed in pairs stay together if each device gets an even number of images.
-    `backward` tells whether a backward pass follows.
+    If each device gets an even number of images, images that are mixed in pairs stay together.
     """
     size, patch = self.image_shape, self.model.patch_size
     patches = self.pack.most if self.pack else (size[0] // patch[0]) * (size[1] // patch[1])
     together = group(self.config) if batch_size // shares(mesh) % 2 == 0 else 1
-    kept = kept_bytes(self.model, patches) if backward else 0
+    stores_all = backward and not (self.config.freeze or self.config.patch_sizes)
+    kept = kept_bytes(self.model, patches) if stores_all else 0
     return micro_batches(mesh, batch_size, patches, self.model.width, together, kept)
 
   def training_parts(self, mesh: jax.sharding.Mesh) -> int:
@@ -210,8 +211,7 @@ class Experiment:
       mesh: mesh of the devices.
       held: bytes that arrays other than batch and parameters occupy on each device.
     """
-    budget = self.budget(mesh)
-    best = functools.partial(self.micro_batches, mesh)
+    budget, best = self.budget(mesh), functools.partial(self.micro_batches, mesh)
     return Fitted(build, mesh, best, budget and budget - held)
 
   def saved(self) -> dict:

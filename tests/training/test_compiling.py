@@ -104,11 +104,18 @@ def test_programs_may_use_90_percent_of_the_memory_of_a_device():
   assert step.exp.fitted(None, step.mesh, held=10**6)._budget == step.exp.budget(step.mesh) - 10**6
 
 
-def test_without_a_limit_the_micro_batches_of_the_cache_are_used():
+def test_without_a_limit_the_fastest_micro_batches_are_used():
   step = Step()
   exp, _ = step.fit()
   assert exp.budget(step.mesh) is None and exp.parts is None
   assert exp.saved()['plan'] is None
+
+
+def test_frozen_models_and_several_patch_sizes_do_not_limit_the_activations():
+  sizes = {'model.width': '16', 'model.depth': '16', 'batch_size': '128', 'epochs': '4'}
+  parts = lambda **given: Step(**sizes, **given).exp.training_parts(make_mesh())
+  whole = parts()
+  assert whole > parts(freeze='backbone') == parts(patch_sizes='(4, 8)')
 
 
 @pytest.mark.parametrize('plan', [Plan(1, 'none'), Plan(32, 'none')])

@@ -10,9 +10,10 @@ Decisions:
     end. For small models, this division is far faster than a single program that runs the whole
     batch on all cores (`plain_linen` in results/speed_cpu.json). For wide models, the division
     makes no difference.
-  * In a training step on a CPU, the activations of a micro-batch should take less than 32 MiB. The
-    GNU C library returns larger blocks of memory to the operating system after each step. The next
-    step then waits until the operating system has cleared new memory (results/micro_batches.json).
+  * In a training step on a CPU, the temporary memory of a micro-batch should be below 32 MiB. The C
+    library of Linux returns larger blocks of memory to the operating system after each step. The
+    next step then waits until the operating system has cleared new memory
+    (results/micro_batches.json).
 """
 
 from collections.abc import Callable
@@ -33,8 +34,8 @@ from vit_jax.distributed.sharding import keep_layout
 # use larger micro-batches, so that reading the weights is only a small part of the work.
 TOKENS = 1024
 TOKENS_PER_WIDTH = 4
-# Bytes of activations in a micro-batch of a training step on a CPU. The rest of the 32 MiB is for
-# gradients.
+# Bytes of activations in a micro-batch of a training step on a CPU. XLA stores about 85 % of them,
+# so 32 MiB also hold the gradients of small models.
 ACTIVATION_BYTES = 31 * 2**20
 
 
@@ -54,9 +55,9 @@ def micro_batches(
 
   Returns:
     1 on accelerators. On a CPU, the number for which a micro-batch has about `TOKENS` tokens, or
-    about `TOKENS_PER_WIDTH * width` tokens if this is more. With a backward pass, the number is
-    larger if the activations then fit into `ACTIVATION_BYTES`, and a micro-batch still has at least
-    `TOKENS / 4` and `width` tokens.
+    about `TOKENS_PER_WIDTH * width` tokens if this is more. With a backward pass, only those
+    numbers count with which a micro-batch has at most `ACTIVATION_BYTES` of activations, and at
+    least `width` and `TOKENS / 4` tokens. If there is no such number, all numbers count.
   """
   if target(mesh).platform != 'cpu':
     return 1

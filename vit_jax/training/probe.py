@@ -60,7 +60,7 @@ class OnFeatures(Experiment):
     head = Dense((len(self.task.class_names),))
     return head.apply({'params': params['head']}, batch['image'])
 
-  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int) -> int:
+  def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int, backward: bool = False) -> int:
     """Returns 1: training only a head needs so little memory that no batch is split."""
     return 1
 
