@@ -55,6 +55,15 @@ def make_step(**overrides):
   return exp, train_state, step.lower(train_state, next(batches)).compile(), batches
 
 
+def test_a_batch_of_features_is_not_split():
+  many = {'data.image_size': '32', 'model.patch_size': '4', 'batch_size': '512', 'epochs': '4'}
+  exp, _ = opening.from_config(small_config(**FROZEN | many))
+  fields = {field.name: getattr(exp, field.name) for field in dataclasses.fields(exp)}
+  found = probe.OnFeatures(**fields)
+  assert exp.training_parts(devices.make_mesh(512)) > 1
+  assert found.training_parts(devices.make_mesh(512)) == 1
+
+
 @pytest.mark.slow
 def test_frozen_backbone_has_no_gradient_and_no_optimizer_state():
   flops = {}
