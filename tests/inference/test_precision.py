@@ -77,6 +77,19 @@ def test_a_bfloat16_program_has_half_the_size(tmp_path):
 
 
 @pytest.mark.slow
+def test_int8_weights_have_7_bits(tmp_path):
+  onnx = needs_onnx()
+  model, params = random_model(**MODELS['class token'])
+  facts = dict(format='onnx', preprocessing=P, precision='int8', images=images())
+  vit_jax.save(model, params, tmp_path, **facts)
+  tensors = onnx.load(tmp_path / 'model.onnx').graph.initializer
+  arrays = [onnx.numpy_helper.to_array(t) for t in tensors if t.data_type == onnx.TensorProto.INT8]
+  largest = [np.abs(array.astype(int)).max() for array in arrays if array.ndim > 1]
+  # On CPUs without VNNI instructions, the sum of two products must fit into 16 bits.
+  assert largest and 60 <= max(largest) <= 64 and 2 * 255 * max(largest) < 2**15
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('precision, most', [('fp16', 0.01), ('int8', 0.15)])
 def test_lower_precisions_of_onnx_are_near_the_model(name, precision, most, tmp_path):

@@ -149,8 +149,9 @@ def kept_bytes(model: nn.Module, tokens: int) -> int:
   """Estimates how many bytes of activations per token a backward pass on a CPU needs.
 
   The estimate was fitted to `training.tracing.activations` for models of cifar10.py in float32. It
-  is the same for bfloat16, because XLA then also stores float32 values on most CPUs. It is too high
-  if `remat` saves memory, or if the blocks see only some of the tokens (masked autoencoders).
+  is the same for bfloat16, because XLA then also stores float32 values (`bfloat16` in
+  results/micro_batches.json). It is too high if `remat` saves memory, or if the blocks see only
+  some of the tokens (masked autoencoders).
 
   Args:
     model: a `ViT`.
