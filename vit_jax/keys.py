@@ -68,8 +68,8 @@ TRAINING = {
     range=COUNT, may_change=True,
   ),
   'device_memory': Key(
-    None, 'memory of each device; programs may use 90% of it; None: the memory that the device '
-    'reports; CPUs report no number, so programs on a CPU have no limit', 'GiB', kind=float,
+    None, 'memory of each device; programs may use 90% of it; None: the memory that JAX reports; '
+    'CPUs report no number, so programs on a CPU have no limit', 'GiB', kind=float,
     range=(1e-6, 1e6), may_change=True,
   ),
   'eval_batch_size': Key(

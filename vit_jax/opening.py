@@ -30,6 +30,7 @@ from vit_jax.splitting import (
   decided,
   named_splits,
   native,
+  numbered,
   open_splits,
   open_training,
   with_data_classes,
@@ -128,7 +129,7 @@ def from_config(
   experiment = decided(config, task, source, saved and saved.data.cache)
   config = experiment.config
   if saved is None:
-    report_mistakes(source, named_splits(config), config.data.cache == 'stream')
+    report_mistakes(source, named_splits(config), config.data)
   train, val, test = open_splits(experiment, source, seen)
   if not cycles:  # the training loop announces later cycles
     announce(config, len(train), first_size(source, data.train_split))
@@ -211,8 +212,7 @@ def from_init(
   for name in ('interpolation', 'crop', 'stretch'):
     if f'data.{name}' not in overrides:
       config.data[name] = getattr(expected, name)
-  count = loaded.model.num_classes or 0
-  names = names or loaded.class_names or [f'class {i}' for i in range(count)]
+  names = names or loaded.class_names or numbered(loaded.model.num_classes or 0)
   stored = expected.stored_size or expected.size
   task = Task(tuple(names), stored, found.channels, multi_label=several)
   experiment = assemble(inherit.follow(config, loaded), task)

@@ -18,11 +18,13 @@ from vit_jax.data import (
   decide_cache,
   differs,
   fit_image,
+  identity,
   open_source,
   open_split,
   report_split,
   unlabelled,
 )
+from vit_jax.distributed import check_same
 from vit_jax.experiment import Experiment, assemble
 from vit_jax.model import Packer, native_grid, stretched
 from vit_jax.optim import objective_of
@@ -70,7 +72,7 @@ def open_splits(
   Raises:
     ValueError: the weights were trained on the whole test split, or the run trains on the whole
       validation split. Or the examples of the data are not single files (e.g. `tfds:`), and the
-      weights were trained on a part of the test split.
+      weights were trained on a part of the test split. Or the processes have different examples.
   """
   data, size = experiment.config.data, experiment.task.stored_size
   read = functools.partial(open_split, experiment.reading, size=size)
@@ -80,7 +82,9 @@ def open_splits(
     val = read(open_validation(source, data.val_split, known), data.val_split)
   check_untrained(source, data.eval_split, seen)
   test = read(leave_out_trained(source, data.eval_split, seen)[0], data.eval_split)
-  for name, examples in (('train', train), ('val', val), ('test', test)):
+  found = {'train': train, 'val': val, 'test': test}
+  check_same('data', identity(source, found))
+  for name, examples in found.items():
     report_split(name, examples)
   return train, val, test
 
@@ -191,6 +195,11 @@ def native(exp: Experiment, params: dict, max_patches: int) -> Experiment:
 
   task = dataclasses.replace(exp.task, stored_size=None)
   return dataclasses.replace(exp, model=model, fit=fit, pack=pack, task=task)
+
+
+def numbered(count: int) -> tuple[str, ...]:
+  """Returns names for classes whose real names are unknown: `class 0`, `class 1`, ..."""
+  return tuple(f'class {i}' for i in range(count))
 
 
 def with_data_classes(exp: Experiment, workdir: pathlib.Path, classes: str) -> Experiment:

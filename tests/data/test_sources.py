@@ -214,6 +214,19 @@ def test_classes_without_test_images_are_named(tmp_path):
   assert [w for w in source.warnings if 'no test images for class c,' in w]
 
 
+def test_test_folder_without_labels_is_refused_with_a_remedy(tmp_path):
+  touch(tmp_path, [f'train/{c}/{c}{i}.jpg' for c in 'ab' for i in range(9)] + ['test/1.jpg'])
+  rename = 'If the images in test/ have no labels, rename this folder'
+  with pytest.raises(ValueError, match=f'no test images. Test images must be in .*{rename}'):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  touch(tmp_path, ['test/unknown/1.jpg'])
+  with pytest.raises(ValueError, match=f"unknown 'unknown'. Valid: a, b. {rename}"):
+    sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  (tmp_path / 'test').rename(tmp_path / 'unlabelled')
+  source = sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+  assert source.sizes['test'] and 'folders not used: unlabelled' in source.warnings[-1]
+
+
 def test_folder_without_held_out_images_is_refused(tmp_path):
   touch(tmp_path, ['a/a0.jpg', 'b/a0.jpg'])
   with pytest.raises(ValueError, match='no test images.*Add images, or divide them'):

@@ -15,6 +15,7 @@ import types
 import jax
 from jax._src.clusters import k8s_cluster
 import numpy as np
+from PIL import Image
 import pytest
 
 from benchmarks.pairs import write_pairs
@@ -482,6 +483,23 @@ def test_all_processes_report_a_config_difference(tmp_path):
   for i in range(2):
     said = (tmp_path / f'{i}.log').read_text().splitlines()
     assert 'config of process 1 differs from process 0: seed=0 instead of 3' in said[-1]
+
+
+@pytest.mark.slow
+def test_all_processes_report_test_images_that_differ(tmp_path):
+  for place, removed in (('a', ''), ('b', 'test/dog/2.png')):
+    for k, folder in enumerate(('train/cat', 'train/dog', 'test/cat', 'test/dog')):
+      (tmp_path / place / 'photos' / folder).mkdir(parents=True)
+      for i in range(8):
+        if (name := f'{folder}/{i}.png') != removed:
+          Image.new('RGB', (8, 8), (9 * i, 40 * k, 0)).save(tmp_path / place / 'photos' / name)
+  own = [['--config.data.source=folder:photos', f'--config.data.dir={tmp_path / p}'] for p in 'ab']
+  processes = start_both(tmp_path / 'run', own)
+  assert [process.wait(60) for process in processes] == [2, 2]
+  for i in range(2):
+    said = (tmp_path / f'{i}.log').read_text().splitlines()
+    differ = r'The data of process 1 differs from process 0: test=15 instead of 16; files of test='
+    assert re.search(differ, said[-1])
 
 
 def test_only_errors_without_a_device_become_a_remark_about_devices(monkeypatch):

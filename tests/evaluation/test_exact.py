@@ -16,6 +16,7 @@ from vit_jax import evaluation, limits, opening, storage
 from vit_jax.data import Examples
 from vit_jax.evaluation import answers, data, exact
 from vit_jax.experiment import assemble, mesh_for
+from vit_jax.inference import exporting
 from vit_jax.training import trainer
 from vit_jax.workdir import Calibration, Task, saved_steps
 from vit_jax.workdir import calibration as calibration_lib
@@ -261,6 +262,16 @@ def test_a_crop_that_would_have_no_effect_is_refused(tmp_path, capsys):
       vit_jax.evaluate(tmp_path / 'same', {key: value}, max_patches=4)
     assert vit_jax.evaluate(tmp_path / 'same', {key: value})['overrides'] == {key: value}
   assert not (tmp_path / 'small' / 'eval.json').exists()
+
+
+def test_weights_without_class_names_have_the_classes_of_the_data(workdir, tmp_path, caplog):
+  exporting.export(workdir, 'npz', tmp_path)
+  settings = {'data.source': 'synthetic', 'data.image_size': '8'}
+  request = opening.Request(init=str(tmp_path / 'model.npz'), overrides=settings)
+  found, wanted = exact.evaluate_checkpoint(request), vit_jax.evaluate(workdir, step='last')
+  assert found['accuracy'] == wanted['accuracy'] > 0.5
+  assert [*found['per_class']] == [*wanted['per_class']] != ['class 0', 'class 1']
+  assert 'assumed to be in the order of the logits' in caplog.text
 
 
 def test_a_read_only_workdir_does_not_lose_the_printed_result(workdir, monkeypatch, capsys):

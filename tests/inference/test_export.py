@@ -110,6 +110,22 @@ MODELS = {
 }
 
 
+def test_positions_for_larger_images_are_resized_to_the_preprocessing(tmp_path):
+  shutil.copytree(DATA / 'hf_dinov2', tmp_path / 'in')  # its positions are for 28 pixels
+  small = dict(size={'shortest_edge': 16}, crop_size={'height': 14, 'width': 14}, resample=3)
+  small |= dict(image_processor_type='BitImageProcessor', do_resize=True, do_center_crop=True)
+  small |= dict(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_rescale=True)
+  (tmp_path / 'in/preprocessor_config.json').write_text(json.dumps(small))
+  exporting.export(tmp_path / 'in', 'hf', tmp_path / 'out')
+  written = json.loads((tmp_path / 'out/preprocessor_config.json').read_text())
+  assert written['crop_size'] == small['crop_size'] and written['size'] == small['size']
+  loaded, image_BHWC = vit_jax.load(tmp_path / 'out'), np.ones((1, 14, 14, 3), np.float32)
+  exp, params = opening.from_init(str(tmp_path / 'in'), {})
+  assert exp.image_shape == (14, 14, 3) and loaded.preprocessing.size == (14, 14)
+  wanted = run_model(exp.model, params, image_BHWC)
+  np.testing.assert_array_equal(run_model(loaded.model, loaded.params, image_BHWC), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.slow_after_first
 @pytest.mark.parametrize('format', PROGRAMS)

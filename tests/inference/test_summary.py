@@ -119,6 +119,15 @@ def test_inspect_reports_the_warmup_of_the_first_cycle():
   )
 
 
+def test_inspect_of_a_finished_run_with_more_epochs_shows_both_cycles(trained):
+  request = opening.Request(trained[0], overrides={'epochs': '3'})
+  found = summary.summary_of(request)
+  assert (found.steps, found.warmup) == (96, 6)
+  assert 'After step 32, the learning rate warms up again' in found.notes[0]
+  with pytest.raises(ValueError, match='already at step 32, but a run with epochs=0.5'):
+    summary.summary_of(opening.Request(trained[0], overrides={'epochs': '0.5'}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('fields', [{}, {'model.remat': 'full'}], ids=['kept', 'remat'])
 def test_activations_are_close_to_the_memory_of_a_compiled_step(fields):

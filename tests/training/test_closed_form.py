@@ -194,4 +194,6 @@ def test_the_config_keeps_how_positions_are_resized(trained):
   request = opening.Request(
     init=str(trained[0]), overrides={'init_resize': 'bicubic', 'data.source': 'synthetic'}
   )
-  assert closed_form.classifier_config(request, 'ridge').init_resize == 'bicubic'
+  config = closed_form.classifier_config(request, 'ridge')
+  assert config.init_resize == 'bicubic'
+  assert config.batch_size is None  # chosen so that it fits any number of devices

@@ -138,6 +138,8 @@ def test_kernels_are_tried_with_the_rows_and_heads_of_one_device():
   mesh = types.SimpleNamespace(shape={'data': 2, 'fsdp': 2, 'tensor': 2})
   # 64 rows on 4 devices in 4 parts; 2 x 4 patches and the class token; 2 heads of size 8 on 2.
   assert compiling.attention_shape(exp, mesh) == (4, 9, 1, 8)
+  mesh.shape['tensor'] = 4  # does not divide the heads, so each device computes both
+  assert compiling.attention_shape(exp, mesh) == (4, 9, 2, 8)
 
 
 @pytest.mark.parametrize('overrides, fused', [

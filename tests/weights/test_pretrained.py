@@ -111,9 +111,10 @@ def test_saving_loaded_weights_reproduces_the_file(name, tmp_path):
   assert all(before[key].tobytes() == after[key].tobytes() for key in before)
 
 
-def test_saving_paper_weights_reproduces_the_file_with_its_older_names(tmp_path):
+def test_saving_paper_weights_reproduces_the_file_with_its_older_names(tmp_path, caplog):
   loaded = vit_jax.load(source('paper_hybrid'))
   vit_jax.save(*loaded, tmp_path, format='npz')
+  assert 'without preprocessing, the files say that images are stretched to' in caplog.text
   before = npz.read_arrays(source('paper_hybrid'))
   after = npz.read_arrays(tmp_path / 'model.npz')
   assert before.keys() == after.keys()
@@ -337,6 +338,12 @@ def test_a_grid_that_is_not_square_must_be_given():
   own = vit_jax.load(source('paper_gap'), grid=(2, 4))
   want = positions.resize_positions(own.params['pos_embedding'], (2, 4), (4, 2), 0)
   assert np.array_equal(loaded.params['pos_embedding'], want)
+  # The 16 positions of `paper_token` are a square grid, also for images with 2 x 8 patches.
+  token = vit_jax.load(source('paper_token'), grid=(2, 8)).params['pos_embedding']
+  square = vit_jax.load(source('paper_token')).params['pos_embedding']
+  assert np.array_equal(token, positions.resize_positions(square, (4, 4), (2, 8), 1))
+  kept = vit_jax.load(source('paper_token'), grid=(2, 8), source_grid=(2, 8))
+  assert np.array_equal(kept.params['pos_embedding'], square)
   with pytest.raises(
     ValueError, match='image has 4 patches, but the position embeddings are for 8'
   ):
@@ -612,6 +619,9 @@ def test_missing_timm_preprocessing_takes_timm_defaults(tmp_path):
 def test_missing_files_and_files_that_can_run_code_are_refused(tmp_path):
   with pytest.raises(ValueError, match='no such file or folder'):
     vit_jax.load('absent.npz')
+  name = 'vit_base_patch16_224.augreg_in21k'
+  with pytest.raises(ValueError, match=f"For timm's weights, write timm/{name}."):
+    vit_jax.load(name)
   (tmp_path / 'pytorch_model.bin').write_bytes(b'')
   with pytest.raises(ValueError, match='can run code'):
     vit_jax.load(tmp_path / 'pytorch_model.bin')

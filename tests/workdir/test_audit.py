@@ -6,6 +6,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from vit_jax.config import default_config
 from vit_jax.data import image, sources
 from vit_jax.workdir import audit
 
@@ -20,9 +21,9 @@ def make(root, counts):
       Image.fromarray(pixels).save(root / folder / f'{folder.replace("/", "_")}{i}.png')
 
 
-def found(root, splits=('train', 'test'), streamed=False):
+def found(root, splits=('train', 'test'), streamed=False, skipped=False):
   source = sources.open_source(f'folder:{root}', '', (4, 4))
-  return list(audit.audit(source, splits, streamed))
+  return list(audit.audit(source, splits, streamed, skipped))
 
 
 COUNTS = {'train/cat': 12, 'train/dog': 3, 'train/ant': 9, 'test/cat': 3, 'test/dog': 3}
@@ -86,7 +87,10 @@ def test_unreadable_files_are_counted_and_named_if_images_are_streamed(tmp_path)
   assert not found(tmp_path)
   (warning,) = found(tmp_path, streamed=True)
   assert warning.startswith('2 of 32 files are not readable images: ')
-  assert 'dog/empty.png' in warning and 'cat/text.jpg' in warning and 'skip_bad_images' in warning
+  assert 'dog/empty.png' in warning and 'cat/text.jpg' in warning
+  assert warning.endswith('or skip them: --config.data.skip_bad_images=True.')
+  (warning,) = found(tmp_path, streamed=True, skipped=True)
+  assert warning.endswith('. They are skipped (data.skip_bad_images=True).')
 
 
 def test_files_that_decoding_refuses_are_reported_whatever_their_extension(tmp_path):
@@ -135,10 +139,11 @@ def test_a_missing_file_is_left_to_the_decoder(tmp_path):
 
 def test_sources_without_files_have_no_warnings(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
-    audit.report_mistakes(sources.open_source('digits', '', (8, 8)), ('train', 'test'), True)
+    settings = default_config().data
+    audit.report_mistakes(sources.open_source('digits', '', (8, 8)), ('train', 'test'), settings)
     assert not caplog.records
     make(tmp_path, COUNTS)
     audit.report_mistakes(
-      sources.open_source(f'folder:{tmp_path}', '', (4, 4)), ('train', 'test'), False
+      sources.open_source(f'folder:{tmp_path}', '', (4, 4)), ('train', 'test'), settings
     )
   assert 'dog 3, ant 9' in caplog.text

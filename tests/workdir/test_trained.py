@@ -249,12 +249,29 @@ def test_a_test_that_copies_the_training_images_is_refused(tmp_path):
     opening.from_config(config_of(tmp_path))
 
 
-@pytest.mark.parametrize('names', [('Train', 'Test'), ('training', 'test'), ('cat', 'valid')])
+@pytest.mark.parametrize(
+  'names',
+  [
+    ('Train', 'Test'),
+    ('training', 'test'),
+    ('cat', 'valid'),
+    ('training_set', 'test_set'),
+    ('seg_train', 'seg_test', 'seg_pred'),
+    ('Train2017', 'val2017'),
+  ],
+)
 def test_class_folders_named_like_splits_are_refused(tmp_path, names):
   for name in names:
     make_images(tmp_path / name, range(10))
   with pytest.raises(ValueError, match='found names of splits: .* Name the training split train/'):
     sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+
+
+def test_classes_with_a_word_like_a_split_are_accepted(tmp_path):
+  for name in ('train_station', 'test_tube', 'training set'):
+    make_images(tmp_path / name, range(30))
+  source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
+  assert source.class_names == ('test_tube', 'train_station', 'training set')
 
 
 def test_case_and_unicode_form_of_a_name_do_not_matter():

@@ -15,7 +15,15 @@ from vit_jax.data.image import (
 )
 from vit_jax.data.loading import Reading, decide_cache, differs, open_split, report_split
 from vit_jax.data.memory import Examples, check_memory, common_size
-from vit_jax.data.source import Source, first_size, multi_hot, own_size, read_file, unlabelled
+from vit_jax.data.source import (
+  Source,
+  first_size,
+  identity,
+  multi_hot,
+  own_size,
+  read_file,
+  unlabelled,
+)
 from vit_jax.data.sources import SOURCES, check_apart, look_up_source, open_source
 from vit_jax.data.splits import num_examples, overlap
 
@@ -42,6 +50,7 @@ __all__ = [
   'first_size',
   'fit_image',
   'has_image_name',
+  'identity',
   'is_searched',
   'look_up_source',
   'multi_hot',

@@ -12,7 +12,7 @@ Decisions:
 """
 
 import collections
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 import dataclasses
 import hashlib
 import os
@@ -23,13 +23,16 @@ import numpy as np
 
 from vit_jax import bucket, progress
 from vit_jax.data import image as image_lib
-from vit_jax.data.splits import hash_name, position
+from vit_jax.data.label_rows import label_text
+from vit_jax.data.splits import TEST_NAMES, hash_name, position, split_like
 from vit_jax.names import abridged, choose
 
-TEST_NAMES = ('test', 'val', 'valid', 'validation')
 HELD_OUT = 0.2  # fraction of the files that are held out for testing if there is no test folder
-# Folders with these names are probably splits, not classes.
-SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
+MORE = 'Add images, or divide them into train/<class>/ and test/<class>/.'
+NO_LABELS = (
+  'If the images in {name}/ have no labels, rename this folder. Then another folder '
+  f'({", ".join(TEST_NAMES)}) or a part of the training images is used for testing.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +86,6 @@ class Folder:
   warnings: tuple[str, ...]
 
 
-def label_text(label: int | Sequence[int]) -> str:
-  """Returns a label as text: its class index or, for a multi-hot label, all indices, e.g. `1,4`."""
-  return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
-
-
 def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
   """Returns the number of images of each class: `[L]`. Labels are class indices or multi-hot."""
   if label_N.ndim == 2:
@@ -121,10 +119,9 @@ def open_folder(root: pathlib.Path) -> Folder:
       'expected at least two. Store images as <path>/<class>/*.jpg, or as '
       '<path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg.'
     )
-  split_like = [name for name in class_names if name.casefold() in SPLIT_LIKE]
-  if split_like and not split:
+  if (names := split_like(class_names)) and not split:
     raise ValueError(
-      f'{root}: expected classes, found names of splits: {abridged(split_like)}. Name the training '
+      f'{root}: expected classes, found names of splits: {abridged(names)}. Name the training '
       f'split train/, and the test split {"/ or ".join(TEST_NAMES)}/, each with a folder per class.'
     )
   listed = list_files(top, class_names, passed_over)
@@ -162,16 +159,16 @@ def check_classes(
     )
   if absent := without(class_names, files['train']):
     raise ValueError(
-      f'{root}: all images of class {abridged(absent)} are held out for testing. Hashes of file '
-      f'names select {HELD_OUT:.0%} of all files on average, but in a small class sometimes all. '
-      'Add images, or divide them into train/ and test/.'
+      f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
+      f'file name selects {HELD_OUT:.0%} of the files on average, sometimes all in a class. {MORE}'
     )
   if not len(files['test']):
-    raise ValueError(
-      f'{files["test"].top}: no test images. Without the folders train/ and test/, a hash of the '
-      f'file name selects about {HELD_OUT:.0%} of all files for testing. Add images, or divide '
-      'them into train/<class>/ and test/<class>/.'
-    )
+    top = files['test'].top
+    if files['test'].span == (0.0, 1.0):  # `top` is a test folder
+      how = f'Test images must be in {top}/<class>/. {NO_LABELS.format(name=top.name)}'
+    else:
+      how = f'A hash of the file name selects {HELD_OUT:.0%} of the files on average. {MORE}'
+    raise ValueError(f'{top}: no test images. {how}')
 
 
 def warnings(
@@ -263,7 +260,10 @@ def list_files(
   """
   label_of, found = {}, []
   for name in subfolders(top):
-    class_name = choose(f'{top}: class folder', unicodedata.normalize('NFC', name), class_names)
+    try:
+      class_name = choose(f'{top}: class folder', unicodedata.normalize('NFC', name), class_names)
+    except ValueError as error:
+      raise ValueError(f'{error} {NO_LABELS.format(name=top.name)}') from None
     label_of[name] = class_names.index(class_name)
   with progress.announced(f'Listing the images in {top} ...'):
     for name, label in label_of.items():

@@ -13,7 +13,9 @@ import pathlib
 from typing import NoReturn
 import unicodedata
 
-from vit_jax.data.folder import TEST_NAMES
+import numpy as np
+
+from vit_jax.data.splits import TEST_NAMES
 from vit_jax.names import choose
 
 COLUMNS = ('path', 'label', 'split')
@@ -194,3 +196,8 @@ def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]
     choose(f"{file}, line {line}: column 'split'", split, SPLITS)
   path = os.path.normpath(values['path'].strip())
   return Row(line, path, tuple(dict.fromkeys(labels)), split)
+
+
+def label_text(label: int | Sequence[int]) -> str:
+  """Returns a label as text: its class index or, for a multi-hot label, all indices, e.g. `1,4`."""
+  return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))

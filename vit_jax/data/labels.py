@@ -26,9 +26,9 @@ import numpy as np
 
 from vit_jax import progress
 from vit_jax.bucket import is_remote
-from vit_jax.data.folder import HELD_OUT, TEST_NAMES, Files, Folder, without
+from vit_jax.data.folder import HELD_OUT, Files, Folder, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
-from vit_jax.data.splits import hash_name
+from vit_jax.data.splits import TEST_NAMES, hash_name
 from vit_jax.names import abridged
 
 

@@ -9,7 +9,7 @@ Decisions:
     (`folder.py`). For other sources, a percentage is a fraction of the number of examples.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 import dataclasses
 import pathlib
 import stat
@@ -82,6 +82,16 @@ class Source:
     positions = {name: files.position_N for name, files in self.files.items()}
     pieces = splits.resolve(split, self.sizes, positions)
     return splits.remove(pieces, self.left_out)
+
+
+def identity(source: Source, examples: Mapping[str, Sized | None]) -> dict[str, int | str]:
+  """Returns properties of a data set that must be equal in all processes.
+
+  They are the numbers of examples in opened splits, and fingerprints of the held-out files.
+  """
+  sizes = {name: len(split) for name, split in examples.items() if split is not None}
+  held_out = {name: files for name, files in source.files.items() if name != 'train'}
+  return sizes | {f'files of {name}': files.fingerprint() for name, files in held_out.items()}
 
 
 def multi_hot(source: Source) -> Source:

@@ -14,7 +14,7 @@ from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS, only_images
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
-from vit_jax.data.splits import hash_name
+from vit_jax.data.splits import TEST_NAMES, hash_name
 from vit_jax.names import choose
 
 
@@ -120,7 +120,7 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
   del image_size
   root = existing('images', path, data_dir)
   top, passed_over = root / 'train', collections.Counter()
-  held_out = [name for name in folder_lib.TEST_NAMES if (root / name).is_dir()]
+  held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
   if top.is_dir() and held_out:
     names, parts = ('train', 'test', *held_out[1:]), ('train', *held_out)
     files = {name: list_tree(root / part, passed_over) for name, part in zip(names, parts)}
@@ -167,7 +167,7 @@ def check_apart(source: str, data_dir: str, workdir: pathlib.Path) -> None:
   if kind not in ('folder', 'images') or is_remote(root) or is_remote(workdir):
     return
   split = (root / 'train').is_dir()
-  tops = [root / name for name in ('train', *folder_lib.TEST_NAMES)] if split else [root]
+  tops = [root / name for name in ('train', *TEST_NAMES)] if split else [root]
   inside = [top for top in tops if workdir.resolve().is_relative_to(top.resolve())]
   if path and inside:
     raise ValueError(

@@ -5,6 +5,7 @@ Parsing does not need the package tensorflow-datasets (TFDS). The unit `shard` o
 `train[:4shard]`, is not supported.
 """
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import os
@@ -14,6 +15,11 @@ import unicodedata
 import numpy as np
 
 from vit_jax.names import choose
+
+# Names of folders with test images, in the order of preference.
+TEST_NAMES = ('test', 'val', 'valid', 'validation')
+# Folders with these names are probably splits, not classes.
+SPLIT_LIKE = {'train', 'training', 'testing', 'eval', 'evaluation', 'dev', *TEST_NAMES}
 
 Piece = tuple[str, int, int]  # name of a split, index of its first example, index after its last
 
@@ -151,3 +157,19 @@ def hash_name(name: str) -> int:
 def position(hash_N: np.ndarray) -> np.ndarray:
   """Converts hashes of files to positions in [0, 1), which decide the split and order of files."""
   return (hash_N >> np.uint64(11)) * 2.0**-53
+
+
+def split_like(names: Sequence[str]) -> list[str]:
+  """Returns the names of classes that are probably names of splits.
+
+  These are the names in `SPLIT_LIKE`, in any case, and names that differ only in such a word, e.g.
+  `seg_train` and `seg_test`. The classes `train_station` and `test_tube` differ in another word.
+  """
+  words = {name: re.findall(r'[^\W\d_]+', name.casefold()) for name in names}
+  others = {
+    name: tuple(word for word in found if word not in SPLIT_LIKE)
+    for name, found in words.items()
+    if not SPLIT_LIKE.isdisjoint(found)
+  }
+  shared = collections.Counter(others.values())
+  return [n for n, rest in others.items() if n.casefold() in SPLIT_LIKE or shared[rest] > 1]

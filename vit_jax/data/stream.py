@@ -28,7 +28,7 @@ import PIL
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
-from vit_jax.data.folder import label_text
+from vit_jax.data.label_rows import label_text
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Example, Source, as_bytes, check_label, fetched, pixels, stop_at
 from vit_jax.distributed import (

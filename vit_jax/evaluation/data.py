@@ -19,6 +19,7 @@ from vit_jax.data import (
 from vit_jax.experiment import Experiment
 from vit_jax.names import abridged, difference, pair
 from vit_jax.opening import Request
+from vit_jax.splitting import numbered
 from vit_jax.workdir import (
   TrainingFiles,
   check_untrained,
@@ -43,7 +44,8 @@ def open_data(experiment: Experiment) -> Source:
   """Opens the dataset `data.source` of an experiment, and checks whether it fits the model.
 
   If the model has no classes, the returned dataset has no labels. If the model can give an image
-  several labels, the labels of the returned dataset are multi-hot.
+  several labels, the labels of the returned dataset are multi-hot. If the names of the model's
+  classes are unknown, its classes are those of the dataset, in the same order.
 
   Raises:
     ValueError: the dataset and the model differ in their classes or in their number of channels. Or
@@ -52,10 +54,18 @@ def open_data(experiment: Experiment) -> Source:
   data, task = experiment.config.data, experiment.task
   source = open_source(data.source, data.dir, pair(data.image_size))
   source = source if task.class_names else unlabelled(source)
-  if source.class_names != task.class_names:
+  count = len(source.class_names)
+  if count and task.class_names == numbered(count) != source.class_names:
+    log.warning(
+      'The weights do not store the names of their classes. So the classes of %s are assumed to be '
+      'in the order of the logits: %s.',
+      data.source,
+      abridged(source.class_names),
+    )
+  elif source.class_names != task.class_names:
     own, given = abridged(source.class_names), abridged(task.class_names)
     raise ValueError(
-      f'{data.source} has {len(source.class_names)} classes ({own}), but the model has '
+      f'{data.source} has {count} classes ({own}), but the model has '
       f'{len(task.class_names)} classes ({given}). '
       f'{difference(source.class_names, task.class_names)}. '
       'Use a dataset with the classes of the model, in the same order. To measure how well the '

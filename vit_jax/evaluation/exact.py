@@ -11,8 +11,8 @@ import numpy as np
 
 from vit_jax import limits, opening, storage
 from vit_jax.bucket import to_path
-from vit_jax.data import Split
-from vit_jax.distributed import inference_mesh, is_first, replicate, start_up
+from vit_jax.data import Split, identity
+from vit_jax.distributed import check_same, inference_mesh, is_first, replicate, start_up
 from vit_jax.evaluation.answers import (
   EvalStep,
   calibrate,
@@ -119,6 +119,7 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   if request.workdir and exp.objective.labels and not calibration.examples and not exp.pack:
     val = load_validation(exp, request.workdir, loaded)
   if val is not None:
+    check_same('data', {'val': len(val)})
     calibration = calibrate(eval_step, params, val, batch_size, mesh)
     log_calibration(loaded, calibration)
     if not changed:
@@ -127,13 +128,14 @@ def evaluate_checkpoint(request: Request) -> dict[str, object]:
   source, left_out = open_test(exp)
   split = exp.config.data.eval_split
   examples = load_split(exp, split, source)
+  check_same('data', identity(source, {split: examples}))
   extra = real_labels(exp, split, source, len(examples))
   scores = score_examples(eval_step, params, examples, batch_size, mesh, calibration, **extra)
   result = {'step': loaded, 'source': exp.config.data.source, 'split': split} | scores.means()
   result |= {'left_out': left_out} if left_out else {}
   result |= {'max_patches': exp.pack.most} if exp.pack else {}
   result |= {'overrides': changed} if changed else {}
-  result |= trust(scores, exp.task.class_names, calibration)
+  result |= trust(scores, source.class_names, calibration)
   if request.workdir and is_first():
     with storage.tolerated():
       write_json(request.workdir / 'eval.json', result)

@@ -140,7 +140,7 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
     A dict with these keys:
     `shots`: `{'1': {'mean': ..., 'std': ..., 'accuracy': [...]}, '5': ...}`. The keys are numbers
       of training images per class. `accuracy` has one value, 0 to 1, for each of `SEEDS`. `std` is
-      the population standard deviation of these values.
+      the standard deviation of these values.
     `examples`: the number of test images.
     `classifier`: name of the classifier. With `ridge`, `l2` is the weight of the L2 penalty.
     `left_out`: number of test images left out because they were used in training; absent if 0.

@@ -77,7 +77,7 @@ def export(
   storage.check_folder(out)
   check_card(out, entry)
   found = read_weights(path, step)
-  loaded = adapt(found, expected_grid(found) if entry.is_program else Adaptation())
+  loaded = adapt(found, expected_grid(found))
   if zero_shot:
     loaded = inherit.with_classes(loaded, inherit.open_classes(zero_shot))
   count = sum(leaf.size for leaf in flatten_params(loaded.params).values())
@@ -99,13 +99,11 @@ def export(
 def expected_grid(found: Weights) -> Adaptation:
   """Returns the `Adaptation` that resizes position embeddings to the size of the preprocessing.
 
-  The position embeddings in a file can be for another image size than the preprocessing, as in
-  DINOv2. `predict` resizes such position embeddings too. If the preprocessing has no known size,
-  the `Adaptation` resizes nothing.
+  In DINOv2, they are for larger images. `predict` also resizes them. If the preprocessing has no
+  known size, the `Adaptation` resizes nothing.
   """
   size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
-  grid = tuple(n // p for n, p in zip(size, patch))
-  return Adaptation(grid if np.any(size) else None)
+  return Adaptation(tuple(n // p for n, p in zip(size, patch)) if np.any(size) else None)
 
 
 def check_precision(format: str, precision: str) -> None:
@@ -168,7 +166,7 @@ def save(
       replaced only after all new files are complete.
     format: one of `FORMATS`.
     preprocessing: how images must be prepared. None: pixels are scaled to [-1, 1], and images are
-      resized to fit the position embeddings (`image_size`).
+      stretched to `image_size`; a warning says so.
     class_names: names of the classes, in the order of the logits; None to store no names.
     calibration: settings that turn logits into probabilities. Programs (StableHLO, ONNX) apply all
       settings; hf stores only whether there are thresholds. None: a temperature of 1.
@@ -188,7 +186,13 @@ def save(
       f'save: expected (model, params, folder), got a value of type {kind} as the model.'
     )
   folder = to_path(folder)
-  preprocessing = preprocessing or Preprocessing(image_size(model, params), stretch=True)
+  if preprocessing is None:
+    preprocessing = Preprocessing(image_size(model, params), stretch=True)
+    log.warning(
+      'save: without preprocessing, the files say that images are stretched to %dx%d, and pixels '
+      'scaled to [-1, 1]. For loaded weights, pass preprocessing=loaded.preprocessing.',
+      *preprocessing.size,
+    )
   check_params(model, params, preprocessing.size, 'save')
   facts = preprocessing, class_names, calibration or Calibration()
   program = Program(model, params, *facts, image_NHWC=images)
@@ -285,15 +289,12 @@ def image_size(model: ViT, params: dict) -> tuple[int, int]:
   Raises:
     ValueError: there are no learned positions, or `learned_grid` is None and no square grid fits.
   """
-  if 'pos_embedding' not in params:
-    raise ValueError(
-      'The weights do not determine the image size, because they contain no learned positions '
-      f'(model.position={model.position!r}). Pass preprocessing=..., which contains the image size.'
-    )
-  grid = model.learned_grid or square_grid(params['pos_embedding'].shape[1] - model.num_positions)
+  grid = model.learned_grid
+  if grid is None and 'pos_embedding' in params:
+    grid = square_grid(params['pos_embedding'].shape[1] - model.num_positions)
   if grid is None:
     raise ValueError(
-      'The position embeddings do not form a square grid. '
-      'Pass preprocessing=..., which contains the image size.'
+      'The weights do not determine the image size, because they have no learned positions on a '
+      f'square grid (model.position={model.position!r}). Pass preprocessing=...'
     )
   return grid[0] * model.patch_size[0], grid[1] * model.patch_size[1]

@@ -12,7 +12,7 @@ from vit_jax.experiment import Experiment, assemble_for
 from vit_jax.inference.cost import Summary, measure
 from vit_jax.opening import Request
 from vit_jax.sizing import choose_open, image_size
-from vit_jax.training import saved_config
+from vit_jax.training import add_cycle, saved_config
 from vit_jax.workdir import latest_step, newest_config
 
 ASSUMED = tuple(f'class {i}' for i in range(1000))  # classes if the dataset is unavailable
@@ -43,7 +43,8 @@ def summary_of(request: Request) -> Summary:
       notes, cycles = (OF_WEIGHTS,) + (HEADLESS,) * (exp.model.num_classes is None), ()
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-      notes, cycles = (), tuple(newest_config(workdir).get('cycles', ()))
+      newest = newest_config(workdir), latest_step(workdir)
+      notes, cycles = (), add_cycle(exp.config, *newest, workdir)
     return measure(exp, exp.task.train_examples or None, notes, cycles)
   exp, examples, notes = summary_of_config(asked)
   return measure(exp, examples, notes)

@@ -44,8 +44,8 @@ def profile(config: ConfigDict, workdir: str | pathlib.Path) -> Profile | None:
   if config.freeze:
     raise ValueError(
       '--mode=profile does not support freeze=backbone. Such a run can train on stored features, '
-      'and its steps then do not contain the model. To profile the model, add --config.freeze= '
-      '(with an empty value).'
+      "and its steps then do not contain the model. To profile the model, add --config.freeze='' "
+      "--config.sweep='()', and choose a new --workdir."
     )
   if config.classifier:
     raise ValueError(

@@ -4,6 +4,7 @@ from vit_jax.training.closed_form import classifier_config
 from vit_jax.training.compiling import compile_step, estimated
 from vit_jax.training.loop import Run, devices_of
 from vit_jax.training.resume import (
+  add_cycle,
   check_in_all_processes,
   check_same_data,
   check_same_teacher,
@@ -27,6 +28,7 @@ __all__ = [
   'Run',
   'TrainState',
   'activations',
+  'add_cycle',
   'check_in_all_processes',
   'check_same_data',
   'check_same_teacher',

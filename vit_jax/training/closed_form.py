@@ -54,6 +54,7 @@ def classifier_config(request: Request, classifier: str) -> ConfigDict:
   config.init = request.init or f'{request.workdir}/checkpoints/{step}'
   for name in ('init_resize', 'eval_batch_size', 'device_memory'):
     config[name] = exp.config[name]
+  config.batch_size = None  # `choose_open` chooses a number that fits the devices
   config.classifier, config.epochs = classifier, 0.0
   return config
 

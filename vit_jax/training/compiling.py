@@ -207,9 +207,11 @@ def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int,
   config, model = exp.config, exp.model
   parts = exp.training_parts(mesh)
   patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
-  heads = model.num_heads // mesh.shape['tensor']
+  together = mesh.shape['tensor']
+  if model.num_heads % together:
+    together = 1  # each device computes all heads (`sharding.partition`)
   batch = config.batch_size // shares(mesh) // parts
-  return batch, model.num_prefix + patches, heads, model.head_size
+  return batch, model.num_prefix + patches, model.num_heads // together, model.head_size
 
 
 def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:

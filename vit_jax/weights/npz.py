@@ -281,6 +281,7 @@ def run_npz(loaded: Pretrained) -> str:
   """Returns Python code that prepares an image and applies the model with vit_jax."""
   p, channels = loaded.preprocessing, image_channels(loaded.params)
   grid = tuple(n // q for n, q in zip(p.size, loaded.model.patch_size))
+  grids = f', grid={grid}, source_grid={grid}' if grid[0] != grid[1] else ''
   axes = '[..., None]' if channels == 1 else ''
   mean, std = (repr(list(values)) for values in (p.mean, p.std))
   show = f'print({"output.argmax()" if loaded.model.num_classes else "output"})'
@@ -291,7 +292,7 @@ def run_npz(loaded: Pretrained) -> str:
 from PIL import Image, ImageOps
 import vit_jax
 
-model, params = vit_jax.load('model.npz'{f', grid={grid}' if grid[0] != grid[1] else ''})
+model, params = vit_jax.load('model.npz'{grids})
 {prepare_lines(p, channels, p.size)}
 pixels = (np.asarray(image, np.float32){axes} / 255 - {mean}) / {std}
 output = model.apply({{'params': params}}, pixels[None].astype(np.float32))[0]

@@ -69,8 +69,8 @@ def load(
       workdir or one of its checkpoints; or `organisation/name` on the Hub.
     grid: number of patches (down, across) of your images; None for the grid that the file expects.
     source_grid: number of patches (down, across) that the file's position embeddings are for. None
-      for the grid in the file. If the file stores no grid (npz), None selects `grid` if the
-      numbers of patches are equal, and otherwise a square grid.
+      for the grid in the file. If the file stores no grid (npz), None selects a square grid. If
+      the number of patches is not a square number, None selects `grid`.
     patch_size: height and width of a patch in pixels. If the file has a different patch size, the
       patch embedding is resized (`model/patching.py`). None for the patch size of the file.
     num_classes: number of classes of the head; None keeps the file's head. If the file has no head,
@@ -246,15 +246,15 @@ def find_grid(source: Weights, model: ViT, to: Adaptation) -> tuple[int, int]:
         f'positions for {patches} patches (plus {model.num_positions} for other tokens).'
       )
     return given
+  if square := square_grid(patches):  # even if `grid` has as many patches: most files are square
+    return square
   if grid is not None and math.prod(check_grid('grid', grid)) == patches:
     return check_grid('grid', grid)
-  if square_grid(patches) is None:
-    raise ValueError(
-      f'{source.origin}: the file has positions for {patches} patches, which do not form a square '
-      'grid. Pass source_grid=(patches down, patches across). On the command line, set '
-      '--config.data.image_size to the (height, width) that the file was trained with.'
-    )
-  return square_grid(patches)
+  raise ValueError(
+    f'{source.origin}: the file has positions for {patches} patches, which do not form a square '
+    'grid. Pass source_grid=(patches down, patches across). On the command line, set '
+    '--config.data.image_size to the (height, width) that the file was trained with.'
+  )
 
 
 def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:

@@ -67,9 +67,11 @@ def read_weights(path: str | pathlib.Path, step: str = 'last') -> Weights:
     whole = place.parent if place.suffix == '.safetensors' else place
     with local_copy(whole) as copy:
       return read_place(copy if whole == place else copy / place.name, str(path))
-  if re.fullmatch(r'[\w.-]+/[\w.-]+', str(path)) and place.suffix != '.npz':
-    return read_place(download(str(path)), str(path))
-  raise ValueError(f'{path}: no such file or folder.')
+  name = re.sub('^hf[-_]hub:', '', str(path))  # timm's prefix
+  if re.fullmatch(r'[\w.-]+/[\w.-]+', name) and place.suffix != '.npz':
+    return read_place(download(name), name)
+  hint = f" For timm's weights, write timm/{name}." if re.match(r'\w+_patch\d', name) else ''
+  raise ValueError(f'{path}: no such file or folder.{hint}')
 
 
 def find_checkpoint(path: str | pathlib.Path, step: str) -> tuple[pathlib.Path, str] | None:

@@ -26,6 +26,7 @@ import logging
 import os
 import pathlib
 
+from ml_collections import ConfigDict
 import numpy as np
 
 from vit_jax import progress
@@ -63,25 +64,34 @@ class File:
 Hashes = dict[pathlib.Path, int]  # hash of the name of each file
 
 
-def report_mistakes(source: Source, splits: Sequence[str], streamed: bool) -> None:
+def report_mistakes(source: Source, splits: Sequence[str], settings: ConfigDict) -> None:
   """Logs warnings about the files of a data set, in process 0.
 
   Args:
     source: the data set. For a data set without files, such as a TFDS data set, nothing is logged.
     splits: the splits that a run uses, in TFDS notation; the first is the training split.
-    streamed: whether images are decoded during training.
+    settings: the config keys `data.*`.
   """
   remote = any(is_remote(files.top) for files in source.files.values())
   if remote and is_first():  # every file would be downloaded
     for warning in few_images(source, splits[0]):
       log.warning('%s', warning)
   elif source.files and is_first():
-    for warning in audit(source, splits, streamed):
+    for warning in audit(source, splits, settings.cache == 'stream', settings.skip_bad_images):
       log.warning('%s', warning)
 
 
-def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str]:
-  """Yields warnings about the files of a data set; arguments as in `report_mistakes`."""
+def audit(
+  source: Source, splits: Sequence[str], streamed: bool, skipped: bool = False
+) -> Iterator[str]:
+  """Yields warnings about the files of a data set.
+
+  Args:
+    source: a data set of files.
+    splits: as in `report_mistakes`.
+    streamed: whether images are decoded during training.
+    skipped: whether training skips unreadable images.
+  """
   yield from few_images(source, splits[0])
   hashes = {split: hashes_of(source, split) for split in splits}
   everything = dict(itertools.chain.from_iterable(own.items() for own in hashes.values()))
@@ -96,7 +106,7 @@ def audit(source: Source, splits: Sequence[str], streamed: bool) -> Iterator[str
     concurrent.futures.ThreadPoolExecutor() as pool,
   ):
     if streamed:
-      yield from unreadable(pool, list(everything))
+      yield from unreadable(pool, list(everything), skipped)
     files = dict(zip(everything, pool.map(look_at, everything, everything.values())))
     yield from copies(pool, hashes, files)
 
@@ -131,7 +141,9 @@ def look_at(path: pathlib.Path, name_hash: int) -> File:
     return File(name_hash, (0, 0), 0)
 
 
-def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path]) -> Iterator[str]:
+def unreadable(
+  pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path], skipped: bool
+) -> Iterator[str]:
   """Yields a warning that names the files without the header of an accepted image format."""
 
   def is_bad(path):
@@ -145,10 +157,12 @@ def unreadable(pool: concurrent.futures.Executor, paths: Sequence[pathlib.Path])
 
   bad = [str(path) for path, is_so in zip(paths, pool.map(is_bad, paths)) if is_so]
   if bad:
-    yield (
-      f'{len(bad):,} of {len(paths):,} files are not readable images: {abridged(bad)}. Repair or '
-      'remove them, or skip them: --config.data.skip_bad_images=True.'
+    remedy = (
+      'They are skipped (data.skip_bad_images=True).'
+      if skipped
+      else 'Repair or remove them, or skip them: --config.data.skip_bad_images=True.'
     )
+    yield f'{len(bad):,} of {len(paths):,} files are not readable images: {abridged(bad)}. {remedy}'
 
 
 def copies(
