@@ -245,6 +245,7 @@ def test_splits_that_together_do_not_fit_into_memory_are_not_loaded(monkeypatch,
       data.load_splits(exp, *parts)
 
 
+@pytest.mark.slow
 def test_a_crop_that_would_have_no_effect_is_refused(tmp_path, capsys):
   """Small images are kept whole in memory, and images with `max_patches` keep their shape."""
   small = {'data.source': 'digits', 'data.cache': 'memory', 'epochs': '0', 'model.patch_size': '4'}

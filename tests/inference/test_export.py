@@ -555,6 +555,7 @@ def test_a_wrong_conversion_is_not_kept(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_conversion_is_compared_with_logits_in_full_precision(tmp_path, monkeypatch):
   """GPUs and TPUs have less precision by default, so they would refuse a correct conversion."""
   model, params = random_model()

@@ -211,6 +211,7 @@ def test_big_vision_weights_give_big_vision_outputs(pool, scan, prefix, tmp_path
   assert equal(vit_jax.load(tmp_path / 'again').params, loaded.params)
 
 
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('pool', ['gap', 'map', 'tok'])
 def test_files_of_big_vision_without_positions_have_sincos_positions(pool, tmp_path):
   image = np.random.RandomState(0).normal(size=(2, 12, 12, 3)).astype(np.float32)
