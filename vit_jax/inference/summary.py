@@ -43,8 +43,10 @@ def summary_of(request: Request) -> Summary:
       notes, cycles = (OF_WEIGHTS,) + (HEADLESS,) * (exp.model.num_classes is None), ()
     else:
       exp, *_ = opening.from_workdir(workdir, request.overrides, config, request.step)
-      newest = newest_config(workdir), latest_step(workdir)
-      notes, cycles = (), add_cycle(exp.config, *newest, workdir)
+      newest = newest_config(workdir)
+      notes, cycles = (), tuple(newest.get('cycles', ()))
+      if exp.config.epochs != newest['config']['epochs']:
+        cycles = add_cycle(exp.config, newest, latest_step(workdir), workdir)
     return measure(exp, exp.task.train_examples or None, notes, cycles)
   exp, examples, notes = summary_of_config(asked)
   return measure(exp, examples, notes)
