@@ -31,7 +31,7 @@ HELD_OUT = 0.2  # fraction of the files that are held out for testing if there i
 MORE = 'Add images, or divide them into train/<class>/ and test/<class>/.'
 NO_LABELS = (
   'If the images in {name}/ have no labels, rename this folder. Then another folder '
-  f'({", ".join(TEST_NAMES)}) or a part of the training images is used for testing.'
+  f'({", ".join(TEST_NAMES[1:])}) or a part of the training images is used for testing.'
 )
 
 
