@@ -484,3 +484,20 @@ def test_activations_equal_those_of_hugging_face_with_the_same_name(name):
   x = np.linspace(-5, 5, 101, dtype=np.float32)
   want = activations.ACT2FN[name](torch.tensor(x)).numpy()
   np.testing.assert_allclose(ACTIVATIONS[hf_config.ACTIVATIONS[name]](x), want, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind, resize', [('Dinov2', 'hf'), ('Dinov2WithRegisters', 'bicubic')])
+def test_the_documented_resize_of_dinov2_equals_that_of_transformers(kind, resize, tmp_path):
+  transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
+  sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2)
+  config = getattr(transformers, f'{kind}Config')(image_size=56, patch_size=7, **sizes)
+  theirs = perturb(getattr(transformers, f'{kind}Model')(config))
+  theirs.save_pretrained(tmp_path)
+  image = np.random.RandomState(0).normal(size=(2, 28, 28, 3)).astype(np.float32)
+  want, _ = torch_output(theirs, lambda output: output.last_hidden_state, image)
+  errors = {
+    name: np.abs(our_output(*pretrained.load(tmp_path, grid=(4, 4), resize=name), image)[0] - want)
+    for name in ('bilinear', 'bicubic', 'hf')
+  }
+  assert errors.pop(resize).max() < 2e-5 < 1e-2 < min(error.max() for error in errors.values())
