@@ -167,7 +167,7 @@ def row(entry: dict) -> str:
   minutes, before = entry['seconds'] / 60, entry['before_seconds']
   saved = 'first' if before is None else f'{before / 60:.2f} ({entry["seconds"] / before - 1:+.1%})'
   cells = [
-    f'{entry["target"]:.0%}', entry['machine'], entry['date'], entry['by'],
+    f'{100 * entry["target"]:g}%', entry['machine'], entry['date'], entry['by'],
     f'{entry["note"]}: `{entry["command"]}`',
     f'**{minutes:.2f}** ± {entry["seconds_std"] / 60:.2f}', f'{entry["compile_seconds"]:.1f} s',
     f'{entry["accuracy"]:.2%} ± {entry["accuracy_std"]:.2%}', f'{entry["flops"] / 1e15:.3g}', saved,

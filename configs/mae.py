@@ -15,7 +15,8 @@ the workdir:
 
 The models for 224 pixels use the recipe of MAE (He et al. 2021, 2111.06377, Section 4, Table 8):
   * 75% of the patches are hidden; the decoder has 8 blocks of width 512;
-  * AdamW with b2 = 0.95, weight decay 0.05, and a learning rate of 1.5e-4 * batch size / 256;
+  * AdamW with b2 = 0.95, weight decay 0.05, and a learning rate of 2.4e-3, which is
+    1.5e-4 * 4,096 / 256 (if you change `batch_size`, also scale `optimizer.lr`);
   * a batch size of 4,096, and 800 epochs: 40 of warm-up, then cosine decay;
   * random crops of at least 20% of the image area (as in the paper's code), and flips.
 
@@ -72,7 +73,7 @@ def get_config(variant='tiny,cifar10'):
   else:
     config.epochs = 800.0
     config.batch_size = 4096
-    config.optimizer.lr = 1.5e-4 * config.batch_size / 256
+    config.optimizer.lr = 2.4e-3
     config.optimizer.clip = 0.0
     config.schedule.warmup = 40.0
     config.data.image_size = (224, 224)

@@ -104,7 +104,8 @@ def test_a_sweep_with_pflops_sets_the_epochs_itself(capsys):
 
 def test_a_sweep_does_not_use_the_test_images_by_default():
   args = sweep.parse(['--config=configs/digits.py', '--grid={"ema": [0]}', '--out=o'])
-  assert args.overrides == {'data.train_split': 'train[:90%]', 'data.eval_split': 'train[90%:]'}
+  held_out = {'train_split': 'train[:90%]', 'val_split': '', 'eval_split': 'train[90%:]'}
+  assert args.overrides == {f'data.{name}': split for name, split in held_out.items()}
 
 
 @pytest.mark.slow

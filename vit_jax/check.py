@@ -96,6 +96,8 @@ def check(config: ConfigDict, trains: bool = True) -> None:
     if any(item != item for item in (value if isinstance(value, list) else [value])):
       raise ValueError(f'{name} must be a number, got {value}.')
     if value is None:
+      if trains and key.default is not None and not key.open:
+        raise ValueError(f'{name} must not be None. Its default is {key.default!r}.')
       continue
     if key.choices:
       choose(name, value, choices(name))
@@ -149,12 +151,14 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
   if config.classifier and trains:
     set_too = {'epochs': 0, 'freeze': '', 'adapt': '', 'sweep': (), 'ema': 0}
     wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
+    if (weights := config.loss.class_weights) != 'none':
+      wrong.append(f'loss.class_weights={weights}')
     if wrong:
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0, and keep the defaults of freeze, '
-        'adapt, sweep and ema. To train the computed head further, start a second run with '
-        '--config.init=<this workdir>.'
+        'adapt, sweep, ema and loss.class_weights. To train the computed head further, start a '
+        'second run with --config.init=<this workdir>.'
       )
   if config.adapt and config.freeze:
     raise ValueError(

@@ -52,7 +52,7 @@ TRAINING_KEYS = (
   'seed', 'epochs', 'batch_size', 'micro_batches', 'log_every', 'eval_every', 'checkpoint_every',
   'keep_checkpoints', 'deterministic', 'freeze', 'adapt', 'lora.', 'classifier',
   'sweep', 'ema', 'progressive.', 'patch_sizes', 'mesh.', 'augment.', 'optimizer.', 'schedule.',
-  'recipe.', 'distill.',
+  'recipe.', 'distill.', 'loss.class_weights',
 )  # fmt: skip
 
 # Splits for published weights. (A new run instead chooses its splits from its data.)
@@ -278,16 +278,15 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
   unread = [key for key in request.overrides if key.startswith(TRAINING_KEYS)]
   if unread and not request.config:
     log.warning('%s: no effect here, because only training reads these keys.', ', '.join(unread))
+  workdir, step = request.workdir, None
   if request.init:
     exp, params = from_init(request.init, request.overrides, classes, request.zero_shot)
-    step = None
   elif request.zero_shot:
     raise ValueError(
       f'--classes={request.zero_shot} needs weights of CLIP or SigLIP in --init. The model of a '
       'workdir has no text encoder.'
     )
   else:
-    workdir = request.workdir
     if (init := request.overrides.get('init')) and not request.config:
       why = f'has no effect on the run in --workdir={workdir}: use --init to open other weights.'
       raise ValueError(f'--config.init={init} {why}')
@@ -296,5 +295,6 @@ def open_model(request: Request, classes: str = 'weights') -> tuple[Experiment, 
       exp = with_data_classes(exp, workdir, classes)
   if request.max_patches is not None:
     exp = native(exp, params, request.max_patches)
-  check_cropping({} if request.config else request.overrides, exp)  # --config is the run's config
+  own = {} if request.config else request.overrides  # --config is the run's config
+  check_cropping(own, exp, from_run=not request.init)
   return exp, params, step

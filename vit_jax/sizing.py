@@ -47,18 +47,21 @@ def image_size(config: ConfigDict) -> tuple[int, int]:
   return pair(config.data.image_size or MADE)
 
 
-def check_cropping(overrides: Iterable[str], exp: Experiment) -> None:
-  """Raises ValueError if overrides set a crop for a model whose images are never cropped.
+def check_cropping(overrides: Iterable[str], exp: Experiment, from_run: bool) -> None:
+  """Raises ValueError if overrides set a crop or an image size that the model does not use.
 
   Args:
     overrides: config keys that the user overrides.
     exp: experiment of the trained model, with these overrides.
+    from_run: whether the model comes from a workdir. For other weights, `data.image_size` has an
+      effect with `exp.pack` too: the position embeddings are first resized to this size.
   """
-  keys = [key for key in ('data.crop', 'data.stretch') if key in overrides]
+  sized = ('data.image_size',) if exp.pack and from_run else ()
+  keys = [key for key in ('data.crop', 'data.stretch', *sized) if key in overrides]
   if not keys:
     return
   if exp.pack:
-    reason = 'with --max_patches, images keep their aspect ratio and are not cropped'
+    reason = 'with --max_patches, each image has its own size and aspect ratio and is not cropped'
   elif 'crop' not in exp.fit.keywords:
     height, width = exp.task.stored_size
     reason = (

@@ -85,7 +85,7 @@ def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
   flags = ['--mode=eval', f'--workdir={workdir}', '--config.data.eval_split=test']
   code, _, err = call(capsys, *flags)
   assert not code and 'no effect' not in err
-  keys = {'ema': '0', 'optimizer.lr': '1', 'micro_batches': '7', 'augment.mix.probability': '0.5'}
+  keys = {'ema': '0', 'optimizer.lr': '1', 'micro_batches': '7', 'loss.class_weights': 'balanced'}
   code, out, err = call(capsys, *flags, *[f'--config.{key}={text}' for key, text in keys.items()])
   assert not code and f'accuracy {result["test_accuracy"]:.9g}' in out
   assert f'{", ".join(keys)}: no effect here, because only training reads' in err
@@ -362,6 +362,8 @@ def test_a_url_is_rejected_as_workdir(tmp_path, monkeypatch, kind):
   (MAKE + '  config.model = None\n  return config',
    'sets model to None, but model is a section. Set the keys of the section instead, e.g. '
    'model.variant'),
+  (MAKE + '  config.ema = None\n  return config', 'ema must not be None. Its default is 0'),
+  (MAKE + '  config.init = None\n  return config', 'init must not be None'),
   (MAKE + '  config.epochs = "3"\n  return config', 'TypeError'),
 ])  # fmt: skip
 def test_broken_config_files_are_reported_with_their_line(capsys, text, message, tmp_path):

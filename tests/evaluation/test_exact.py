@@ -1,5 +1,6 @@
 """Tests `--mode=eval`: what it computes, writes and prints, and how the temperature is fitted."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -159,6 +160,13 @@ def test_no_temperature_is_fitted_on_other_data_than_the_runs(workdir, overrides
 
 
 @pytest.mark.slow
+def test_no_temperature_is_fitted_on_other_files_of_the_same_name(workdir):
+  exp, _, step = opening.from_workdir(workdir)
+  other = dataclasses.replace(exp, task=dataclasses.replace(exp.task, fingerprint='0123'))
+  assert data.load_validation(other, workdir, step) is None
+
+
+@pytest.mark.slow
 def test_no_temperature_is_fitted_on_images_of_the_last_run_of_a_sweep(workdir, monkeypatch):
   exp, _, step = opening.from_workdir(workdir)
   assert data.load_validation(exp, workdir, step) is not None
@@ -263,6 +271,8 @@ def test_a_crop_that_would_have_no_effect_is_refused(tmp_path, capsys):
       vit_jax.evaluate(tmp_path / 'same', {key: value}, max_patches=4)
     assert vit_jax.evaluate(tmp_path / 'same', {key: value})['overrides'] == {key: value}
   assert not (tmp_path / 'small' / 'eval.json').exists()
+  with pytest.raises(ValueError, match='data.image_size would have no effect: with --max_patches'):
+    vit_jax.evaluate(tmp_path / 'same', {'data.image_size': '16'}, max_patches=4)
 
 
 def test_weights_without_class_names_have_the_classes_of_the_data(workdir, tmp_path, caplog):

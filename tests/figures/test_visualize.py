@@ -313,6 +313,13 @@ def test_answers_keep_the_index_of_each_example_if_devices_pad_the_batches(train
   assert found.index_N.tolist() == found.label_N.tolist() == list(range(7))
 
 
+def test_a_confusion_matrix_of_very_many_classes_is_not_drawn():
+  exp = types.SimpleNamespace(task=Task(tuple(map(str, range(2001))), (8, 8), 3))
+  scores = types.SimpleNamespace(label_N=np.zeros(1, int))
+  with pytest.raises(maps.Missing, match='more than 2,000 classes'):
+    pictures.picture_confusion(types.SimpleNamespace(need=lambda *_: (exp, scores)))
+
+
 @pytest.mark.parametrize('classes', [2, 30, 1000])
 def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))

@@ -10,7 +10,7 @@ import pytest
 
 from vit_jax.distributed import devices
 from vit_jax.model import variants
-from vit_jax.optim import losses, optimizers
+from vit_jax.optim import OBJECTIVES, Objective, losses, optimizers
 from vit_jax.optim.schedules import make_schedule
 
 MESH = devices.make_mesh()
@@ -226,6 +226,14 @@ def test_an_adapter_has_the_layers_of_its_kernels():
   found = [float(scaled['lora'][f'block_{i}']['mlp']['up']['b'][0]) for i in range(3)]
   assert found == [0.5**3, 0.5**2, 0.5]
   assert float(scaled['head']['kernel'][0]) == float(scaled['lora']['map']['a'][0]) == 1
+
+
+def test_parameters_that_an_objective_adds_are_trained_like_the_head(monkeypatch):
+  monkeypatch.setitem(OBJECTIVES, 'mine', Objective(None, None, params=('projector',)))
+  ones = {'embedding': jnp.ones(1), 'projector': jnp.ones(1)}
+  scaled, _ = optimizers.scale_by_layer(0.5).update(ones, optax.EmptyState(), None)
+  assert (scaled['embedding'][0], scaled['projector'][0]) == (0.5, 1)
+  assert optimizers.split_frozen(ones, '', 'lora')[0].keys() == {'projector'}
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon', 'sgd'])

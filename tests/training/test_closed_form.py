@@ -12,6 +12,7 @@ from sklearn import linear_model, neighbors, preprocessing
 from tests.conftest import call, error, run_model, small_config
 import vit_jax
 from vit_jax import evaluation, inherit, opening
+from vit_jax.check import check
 from vit_jax.data import Examples, open_source
 from vit_jax.inference import exporting
 from vit_jax.training import closed_form, train
@@ -197,3 +198,9 @@ def test_the_config_keeps_how_positions_are_resized(trained):
   config = closed_form.classifier_config(request, 'ridge')
   assert config.init_resize == 'bicubic'
   assert config.batch_size is None  # chosen so that it fits any number of devices
+
+
+def test_class_weights_are_refused_because_a_computed_head_does_not_use_them():
+  config = small_config(classifier='ridge', epochs='0', **{'loss.class_weights': 'balanced'})
+  with pytest.raises(ValueError, match='cannot be combined with loss.class_weights=balanced'):
+    check(config)

@@ -46,6 +46,8 @@ def test_a_run_without_labels_reports_the_error_of_hidden_patches(pretrained, ca
   found = json.loads((workdir / 'eval.json').read_text())
   assert found['loss'] == pytest.approx(result['test_loss'], rel=1e-5)
   assert f'{found["loss"]:.4f}' in out and 'accuracy' not in out
+  fewer = vit_jax.evaluate(workdir, {'masked.share': '0.5'}, step='last')
+  assert fewer['overrides'] == {'masked.share': '0.5'} and fewer['loss'] != found['loss']
   assert sorted(path.name for path in (workdir / 'examples').iterdir())[0] == '0_no-label.png'
 
 
@@ -65,7 +67,9 @@ def test_a_run_with_settings_of_a_classifier_loss_can_still_be_opened():
 
 
 @pytest.mark.parametrize('flag, message', [
-  ('--config.model.patch_size=8', 'model.patch_size=8x8: a patch of this size has 192 values'),
+  ('--config.model.patch_size=8', 'model.patch_size=8x8, masked.decoder_depth='),
+  ('--config.masked.decoder_depth=2', 'model.patch_size=4x4, masked.decoder_depth=2, '),
+  ('--config.masked.decoder_heads=1', 'model.patch_size=4x4, masked.decoder_depth='),
   ('--max_patches=4', 'A masked autoencoder needs images of one size'),
 ])  # fmt: skip
 def test_patches_that_the_decoder_cannot_predict_are_refused(pretrained, capsys, flag, message):

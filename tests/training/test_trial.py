@@ -18,6 +18,10 @@ from vit_jax.optim import Training, training_recipe
 from vit_jax.training import compiling, trial
 
 HOPPER = Target('cuda', 9.0)
+MASKED = {
+  'objective': 'masked', 'masked.decoder_width': '32', 'masked.decoder_depth': '1',
+  'masked.decoder_heads': '2',
+}  # fmt: skip
 GPU = {'model.dtype': 'bfloat16', 'model.width': '16', 'model.num_heads': '2'}
 
 
@@ -120,6 +124,7 @@ def test_deterministic_runs_do_not_measure_time(cudnn, monkeypatch):
 @pytest.mark.parametrize('overrides, tokens', [
     ({'progressive.sizes': '4', 'progressive.until': '0.5'}, [1, 4]),  # patches of 4x4 pixels
     ({'patch_sizes': '2,4,8'}, [1, 4, 16]),  # images of 8x8 pixels
+    (MASKED, [1, 4]),  # the blocks see a quarter of the patches, the decoder sees all
 ])  # fmt: skip
 def test_kernels_are_compared_at_all_sizes_and_timed_at_the_longest_sequence(
   monkeypatch, overrides, tokens
@@ -137,9 +142,9 @@ def test_kernels_are_tried_with_the_rows_and_heads_of_one_device():
   exp, *_ = summary.summary_of_config(small_config(**GPU | sizes | {'model.pool': 'cls'}))
   mesh = types.SimpleNamespace(shape={'data': 2, 'fsdp': 2, 'tensor': 2})
   # 64 rows on 4 devices in 4 parts; 2 x 4 patches and the class token; 2 heads of size 8 on 2.
-  assert compiling.attention_shape(exp, mesh) == (4, 9, 1, 8)
+  assert compiling.attention_shapes(exp, mesh) == [(4, 9, 1, 8)]
   mesh.shape['tensor'] = 4  # does not divide the heads, so each device computes both
-  assert compiling.attention_shape(exp, mesh) == (4, 9, 2, 8)
+  assert compiling.attention_shapes(exp, mesh) == [(4, 9, 2, 8)]
 
 
 @pytest.mark.parametrize('overrides, fused', [

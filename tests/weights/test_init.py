@@ -418,6 +418,10 @@ def test_several_labels_survive_in_hugging_face_files(tmp_path):
     assert problem == ('multi_label_classification' if several else None)
     assert vit_jax.load(out).multi_label == several
     assert opening.from_init(str(out), {})[0].task.multi_label == several
+  loaded = vit_jax.load(tmp_path / 'True')  # these files have no thresholds
+  assert loaded.calibration == Calibration(thresholds=(0.5, 0.5, 0.5))
+  vit_jax.save(*loaded, tmp_path / 'again', format='hf', calibration=loaded.calibration)
+  assert vit_jax.load(tmp_path / 'again').multi_label
 
 
 def test_a_program_takes_images_of_the_size_that_predict_uses(weights, tmp_path):

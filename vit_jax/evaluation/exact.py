@@ -30,7 +30,7 @@ from vit_jax.workdir import save_calibration, write_json
 # overrides such a key, the fitted calibration is not saved.
 INPUT = (
   'model.', 'data.image_size', 'data.crop', 'data.stretch', 'data.interpolation', 'data.mean',
-  'data.std',
+  'data.std', 'masked.',
 )  # fmt: skip
 
 

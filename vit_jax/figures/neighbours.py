@@ -6,8 +6,8 @@ Decisions:
     predicted class, the test image's label is often doubtful, or the features cannot separate the
     true and the predicted class. If no training image is similar, the training data lacks images
     like the test image.
-  * At most `AMONG` training images are compared, spread evenly over the training split, so
-    that drawing does not take longer for a larger split.
+  * At most `AMONG` training images are compared, spread evenly over the training split. So the
+    features of a larger split do not take longer to compute.
 """
 
 from collections.abc import Sequence

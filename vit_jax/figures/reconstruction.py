@@ -30,7 +30,7 @@ def reconstruct(exp: Experiment, params: dict, image_BHWC: np.ndarray) -> np.nda
   @jax.jit
   def fill(params):
     batch = {'image': image_BHWC, 'example': jnp.arange(len(image_BHWC))}
-    filled = fill_in(exp, params, batch, evaluation_key(exp.config.seed))
+    filled = fill_in(exp, params, batch, evaluation_key())
     patch_BNP = as_patches(exp.normalize(image_BHWC), exp.model.patch_size)
     unseen = jnp.arange(len(image_BHWC))[:, None], filled.unseen_BU
     mean_BN1, std_BN1 = statistics(patch_BNP)

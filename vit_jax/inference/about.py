@@ -98,7 +98,7 @@ def probabilities_text(exp: Experiment, changed: bool) -> str:
   on = f'{found.examples:,} validation images'
   on += ', but without the config overrides of this page' if changed else ''
   if exp.task.multi_label:
-    chosen = f'The thresholds were chosen on {on}' if found.thresholds else 'The threshold is 0.5'
+    chosen = f'The thresholds were chosen on {on}' if found.examples else 'The threshold is 0.5'
     return f'An image gets each label whose probability reaches a threshold. {chosen}.'
   if found.examples and changed:
     return f'Not calibrated: the temperature {found.temperature:.4g} was fitted on {on}.'

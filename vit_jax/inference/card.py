@@ -268,7 +268,7 @@ def calibration(entry: Format, loaded: Pretrained) -> dict[str, str]:
   if found.sigmoid:
     return {'probabilities': 'the sigmoid of each logit; probabilities do not add up to 1'}
   use = 'an image has a class if the sigmoid of the class logit reaches the class threshold'
-  if loaded.multi_label and not found.thresholds:
+  if loaded.multi_label and not found.examples:
     return {'thresholds': f'0.5 for each class, not fitted; {use}'}
   if not found.examples:
     return {}

@@ -112,15 +112,8 @@ def check_precision(format: str, precision: str) -> None:
 
 
 def program_of(loaded: Pretrained) -> Program:
-  """Converts loaded weights to a `Program`, the input of `write`.
-
-  If images can have several labels, but no thresholds were fitted, each threshold is 0.5.
-  """
-  calibration = loaded.calibration
-  if loaded.multi_label and calibration.thresholds is None:
-    halves = (0.5,) * loaded.model.num_classes
-    calibration = dataclasses.replace(calibration, thresholds=halves)
-  facts = loaded.preprocessing, loaded.class_names, calibration
+  """Converts loaded weights to a `Program`, the input of `write`."""
+  facts = loaded.preprocessing, loaded.class_names, loaded.calibration
   return Program(loaded.model, loaded.params, *facts)
 
 

@@ -16,6 +16,7 @@ Decisions:
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,21 @@ from vit_jax.model import POOLS
 from vit_jax.optim import masked
 from vit_jax.optim.class_weights import weighted
 from vit_jax.optim.distill import split_head
+
+
+def own_sequence(exp) -> list[tuple[int, int, int]]:
+  """Returns the number of tokens, the number of heads and the head size in the model's blocks."""
+  model = exp.model
+  tokens = model.num_prefix + math.prod(masked.patch_grid(exp))
+  return [(tokens, model.num_heads, model.head_size)]
+
+
+def masked_sequences(exp) -> list[tuple[int, int, int]]:
+  """Returns the entries of the model, which sees visible patches only, and of its decoder."""
+  keys, [(tokens, heads, size)] = exp.config.masked, own_sequence(exp)
+  hidden = masked.num_unseen(math.prod(masked.patch_grid(exp)), keys.share)
+  decoder = tokens, keys.decoder_heads, keys.decoder_width // keys.decoder_heads
+  return [(tokens - hidden, heads, size), decoder]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +61,8 @@ class Objective:
     params: names of the parameters that only this objective has; the keys of `init`'s result.
     labels: whether the objective needs labels. If False, the model has no head, the classes of the
       data are ignored, and evaluation reports only the loss.
+    sequences: `(exp) -> [(tokens, heads, head size), ...]` returns what attention computes in
+      training: one entry for each stack of blocks, the longest sequence last.
   """
 
   loss: Callable[..., tuple[jax.Array, jax.Array | None]]
@@ -52,6 +70,7 @@ class Objective:
   init: Callable[..., dict] = lambda exp, key: {}
   params: tuple[str, ...] = ()
   labels: bool = True
+  sequences: Callable[..., list[tuple[int, int, int]]] = own_sequence
 
 
 def supervised(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,9 +133,9 @@ def reconstructed(exp, params: dict, batch: dict, key: jax.Array) -> tuple[jax.A
 def reconstructed_rows(exp, params: dict, batch: dict) -> dict[str, jax.Array]:
   """Returns the mean squared error of the hidden patches as `loss`, `[B]`, for evaluation.
 
-  The mask of an image depends only on the run's seed and on the image's index in its split.
+  The mask of an image depends only on the index of the image in its split.
   """
-  key = masked.evaluation_key(exp.config.seed)
+  key = masked.evaluation_key()
   return {'loss': masked.fill_in(exp, params, batch, key).loss_B}
 
 
@@ -129,6 +148,7 @@ OBJECTIVES = {
     masked.init_decoder,
     params=(masked.ENTRY,),
     labels=False,
+    sequences=masked_sequences,
   ),
 }
 

@@ -14,6 +14,7 @@ from vit_jax.model import ADAPTERS, first_layer, last_layer
 from vit_jax.names import accepted, choose
 from vit_jax.optim import schedules
 from vit_jax.optim.muon import block_matrices, orthogonalized
+from vit_jax.optim.objectives import objective_params
 
 
 def adamw(
@@ -114,11 +115,12 @@ def split_frozen(params: dict, freeze: str, adapt: str = '') -> tuple[dict, dict
   Args:
     params: parameters of a model and of its adapter.
     freeze: key of `FREEZE`.
-    adapt: name of the adapter. If it is not empty, only the adapter and the head are trained.
+    adapt: name of the adapter. If it is not empty, only the adapter, the head and the parameters
+      that the objective has added are trained.
   """
   keeps = choose('freeze', freeze, FREEZE)
   if adapt:
-    keeps = lambda name: name not in ('head', adapt)
+    keeps = lambda name: name not in ('head', adapt, *objective_params())
   trained = {name: leaves for name, leaves in params.items() if not keeps(name)}
   return trained, {name: leaves for name, leaves in params.items() if keeps(name)}
 
@@ -127,8 +129,8 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
   """Returns a transformation that multiplies each update by `decay ** (depth + 1 - layer)`.
 
   Here `depth` is the number of blocks. Layer 0 has the parameters of `first_layer`, layer i + 1 is
-  block i, and layer depth + 1 has the parameters of `last_layer`. Parameters of an adapter belong
-  to the adapted layer.
+  block i, and layer depth + 1 has the parameters of `last_layer` and those that the objective has
+  added. Parameters of an adapter belong to the adapted layer.
 
   This is the layer-wise learning-rate decay that BEiT (Bao et al. 2021, 2106.08254) and MAE (He et
   al. 2021, 2111.06377) use for fine-tuning. Layer decay comes after the optimizer and therefore
@@ -139,7 +141,7 @@ def scale_by_layer(decay: float) -> optax.GradientTransformation:
     depth = sum(name.startswith('block_') for name in updates)
 
     def scale(name):
-      if name in last_layer():
+      if name in (*last_layer(), *objective_params()):
         return 1.0
       if name in first_layer():
         return decay ** (depth + 1)

@@ -199,27 +199,26 @@ def halved(exp: Experiment, mesh: jax.sharding.Mesh) -> Experiment | None:
   return planned(exp, smaller[0]) if smaller else None
 
 
-def attention_shape(exp: Experiment, mesh: jax.sharding.Mesh) -> tuple[int, int, int, int]:
-  """Returns the shape of the queries that one device computes for a micro-batch: `[B, N, K, E]`.
+def attention_shapes(exp: Experiment, mesh: jax.sharding.Mesh) -> list[tuple[int, int, int, int]]:
+  """Returns the shapes of the queries that one device computes for a micro-batch: `[B, N, K, E]`.
 
-  B is the number of images, N the number of tokens, K the number of heads, and E the head size.
+  B is the number of images, N the number of tokens, K the number of heads, and E the head size. The
+  shapes are in the order of `Objective.sequences`.
   """
-  config, model = exp.config, exp.model
-  parts = exp.training_parts(mesh)
-  patches = math.prod(n // p for n, p in zip(exp.image_shape, model.patch_size))
+  batch = exp.config.batch_size // shares(mesh) // exp.training_parts(mesh)
   together = mesh.shape['tensor']
-  if model.num_heads % together:
-    together = 1  # each device computes all heads (`sharding.partition`)
-  batch = config.batch_size // shares(mesh) // parts
-  return batch, model.num_prefix + patches, model.num_heads // together, model.head_size
+  return [  # if `tensor` does not divide the heads, a device computes all (`sharding.partition`)
+    (batch, tokens, heads if heads % together else heads // together, size)
+    for tokens, heads, size in exp.objective.sequences(exp)
+  ]
 
 
 def uses_flash(exp: Experiment, mesh: jax.sharding.Mesh) -> bool:
-  """Returns whether the blocks of the model compute attention with cuDNN's kernel."""
-  query = jax.ShapeDtypeStruct(attention_shape(exp, mesh), exp.model.dtype)
+  """Returns whether blocks that the objective trains compute attention with cuDNN's kernel."""
+  drops = bool(exp.model.attention_dropout)
+  queries = [jax.ShapeDtypeStruct(s, exp.model.dtype) for s in attention_shapes(exp, mesh)]
   with compiled_for(target(mesh)):
-    drops = bool(exp.model.attention_dropout)
-    return select_kernel(exp.model.attention, query, query, drops) is flash
+    return any(select_kernel(exp.model.attention, x, x, drops) is flash for x in queries)
 
 
 @dataclasses.dataclass(frozen=True)

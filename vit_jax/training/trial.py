@@ -25,7 +25,7 @@ from vit_jax.distributed import from_first, target
 from vit_jax.experiment import Experiment
 from vit_jax.model import flash, flash_obstacle, plain
 from vit_jax.optim import Training
-from vit_jax.training.compiling import attention_shape, estimated, resumed
+from vit_jax.training.compiling import attention_shapes, estimated, resumed
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def choose_attention(
       f'model.attention=cudnn: cuDNN cannot compute this attention, because {obstacle}. '
       'Set model.attention=auto.'
     )
-  if asked != 'auto' or obstacle or model.attention_dropout:
+  if asked != 'auto' or model.attention_dropout:
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
@@ -87,7 +87,10 @@ def choose_attention(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
     sizes = itertools.product((size for _, size in training.stages), reversed(exp.patch_sizes))
-    shapes = [attention_shape(smaller.at(*both), mesh) for both in sizes]
+    shapes = [shape for both in sizes for shape in attention_shapes(smaller.at(*both), mesh)]
+    shapes = [x for x in shapes if not flash_obstacle(target(mesh), model.dtype, x[-1])]
+    if not shapes:
+      return exp
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 
@@ -96,8 +99,8 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
   """Returns `cudnn` if it is correct and not slower than `plain`, otherwise `plain`.
 
   Args:
-    shapes: shape `[B, N, K, E]` of the queries at each image and patch size of the run, for K heads
-      of size E. The kernels are timed at the last shape, which is for full image size and the
+    shapes: shapes `[B, N, K, E]` of the queries at each image and patch size of the run, for K
+      heads of size E. The kernels are timed at the last shape, which is for full image size and the
       longest sequence.
     dtype: type of the computation.
     deterministic: if True, the kernels are not timed, because times vary, and `cudnn` is chosen if

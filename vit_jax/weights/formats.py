@@ -126,8 +126,9 @@ class Pretrained:
 
   @property
   def calibration(self) -> Calibration:
-    """Settings that turn logits into probabilities."""
-    return Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
+    """Settings that turn logits into probabilities or labels."""
+    found = Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
+    return found.with_thresholds(self.model.num_classes or 0) if self.multi_label else found
 
   def __iter__(self):
     return iter((self.model, self.params))
@@ -186,11 +187,7 @@ def local_copy(place: pathlib.Path) -> AbstractContextManager[pathlib.Path]:
 
 
 def load_json(path: pathlib.Path) -> dict:
-  """Returns the object in a JSON file.
-
-  Raises:
-    ValueError: the file is missing, or is not a JSON object.
-  """
+  """Returns the object in a JSON file. Raises ValueError if it is missing, or not an object."""
   try:
     value = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:

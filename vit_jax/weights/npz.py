@@ -286,7 +286,8 @@ def run_npz(loaded: Pretrained) -> str:
   mean, std = (repr(list(values)) for values in (p.mean, p.std))
   show = f'print({"output.argmax()" if loaded.model.num_classes else "output"})'
   if loaded.multi_label:
-    thresholds = list(loaded.calibration.thresholds or [0.5])
+    found = loaded.calibration
+    thresholds = list(found.thresholds) if found.examples else [0.5]
     show = f'print(np.flatnonzero(1 / (1 + np.exp(-output)) >= np.array({thresholds})))'
   return f"""import numpy as np
 from PIL import Image, ImageOps

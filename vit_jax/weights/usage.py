@@ -10,9 +10,10 @@ def label_lines(loaded: Pretrained) -> str:
 
   The code uses PyTorch. The thresholds of the classes come from `loaded`; the default is 0.5.
   """
-  thresholds = loaded.calibration.thresholds
+  found = loaded.calibration
+  thresholds = list(found.thresholds) if found.examples else 0.5
   return (
-    f'thresholds = torch.tensor({list(thresholds) if thresholds else 0.5})\n'
+    f'thresholds = torch.tensor({thresholds})\n'
     'labels = (logits.sigmoid() >= thresholds).nonzero().flatten().tolist()'
   )
 

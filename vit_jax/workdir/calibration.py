@@ -45,6 +45,10 @@ class Calibration:
     fields = (saved or {}).get('calibration') or {}
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
+  def with_thresholds(self, classes: int) -> 'Calibration':
+    """Returns the calibration; if no thresholds were fitted, each class has the threshold 0.5."""
+    return self if self.thresholds else dataclasses.replace(self, thresholds=(0.5,) * classes)
+
 
 def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | None:
   """Returns the fields of a checkpoint's `Calibration`; None if no valid one is stored.

@@ -106,7 +106,7 @@ def read_weights_of(workdir: pathlib.Path, step: int) -> dict:
   Raises:
     Damaged: an item is invalid, or has changed since it was saved.
   """
-  if read_item(workdir, step, 'config')['config']['ema'] > 0:
+  if read_item(workdir, step, 'config')['config']['ema']:
     return read_item(workdir, step, 'state')['ema']
   return read_item(workdir, step, 'params')
 
