@@ -56,18 +56,17 @@ class Recipe(NamedTuple):
 
 
 GPU = {'model.dtype': 'bfloat16'}
-SMALL_20 = {  # the model `small` with Muon, for CPUs with AMX
+SMALL_20 = {  # the model `small` with Muon
   'model.variant': 'small',
-  'model.dtype': 'bfloat16',
+  'model.position': 'sincos',
   'epochs': 20,
-  'optimizer.lr': 0.004,
-  'optimizer.weight_decay': 0.1,
-  'augment.rand_augment.num_layers': 2,
-  'augment.rand_augment.magnitude': 7.0,
-  'augment.mix.probability': 0.3,
-  'augment.off_for_last': 0.15,
+  'optimizer.lr': 0.006,
+  'optimizer.weight_decay': 0.25,
+  'schedule.name': 'linear',
+  'schedule.warmup': 1.0,
+  'augment.mix.probability': 0.2,
   'progressive.sizes': (16, 24),
-  'progressive.until': (0.4, 0.75),
+  'progressive.until': (0.4, 0.85),
 }
 RECIPES = {
   'digits': Recipe('configs/digits.py', {}, 5, 'cpu', 1, 0.985, 0.99, ''),

@@ -12,7 +12,7 @@ from sklearn import decomposition, metrics
 
 from tests.conftest import run_model
 from vit_jax.distributed import Target, compiled_for
-from vit_jax.figures import maps
+from vit_jax.figures import charts, maps
 from vit_jax.figures.maps import Missing
 from vit_jax.model import attention, pooling, resnet, variants
 
@@ -350,11 +350,11 @@ def test_patches_are_cut_as_the_model_embeds_them():
 def test_confusion_and_class_accuracy_match_scikit_learn():
   random = np.random.RandomState(0)
   label, predicted = random.randint(0, 4, 200), random.randint(0, 5, 200)
-  found = maps.confusion(label, predicted, 5)
+  found = charts.confusion(label, predicted, 5)
   want = metrics.confusion_matrix(label, predicted, labels=range(5))
   np.testing.assert_array_equal(found, want)
   recall = metrics.recall_score(label, predicted, labels=range(4), average=None)
-  accuracy = maps.class_accuracy(found)
+  accuracy = charts.class_accuracy(found)
   np.testing.assert_allclose(accuracy[:4], recall)
   assert np.isnan(accuracy[4])  # class 4 has no examples
 

@@ -6,7 +6,13 @@
 
 from vit_jax.evaluation import coverage_curve, reliability
 from vit_jax.figures.canvas import resize_map, save_figure
-from vit_jax.figures.charts import draw_confusion, draw_coverage, draw_reliability
+from vit_jax.figures.charts import (
+  class_accuracy,
+  confusion,
+  draw_confusion,
+  draw_coverage,
+  draw_reliability,
+)
 from vit_jax.figures.components import (
   component_colours,
   component_maps,
@@ -29,8 +35,6 @@ from vit_jax.figures.maps import (
   Missing,
   attention_summary,
   attentions,
-  class_accuracy,
-  confusion,
   filters,
   grid_of,
   head_attention,

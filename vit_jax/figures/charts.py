@@ -1,4 +1,4 @@
-"""Draws charts of the accuracy and the calibration of predictions."""
+"""Computes and draws charts of the accuracy and the calibration of predictions."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,32 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax.figures import canvas
+from vit_jax.figures.maps import Missing
 
 # With more than `NUMBERED` classes, cells of the confusion matrix have no numbers. With more than
 # `LABELLED` classes, the matrix has no class names, and only the `LOWEST` classes with the lowest
 # accuracy have a bar.
 NUMBERED, LABELLED = 20, 40
 LOWEST = 20
+DRAWN = 2000  # maximum number of classes in a confusion matrix
+
+
+def confusion(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
+  """Counts examples by true class (row) and predicted class (column): `count_LL`.
+
+  Raises:
+    Missing: there are more than `DRAWN` classes, for which the array would need much memory.
+  """
+  if num_classes > DRAWN:
+    raise Missing(f'a confusion matrix of more than {DRAWN:,} classes is not legible.')
+  pair_N = np.asarray(label_N, np.int64) * num_classes + predicted_N
+  return np.bincount(pair_N, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_accuracy(count_LL: np.ndarray) -> np.ndarray:
+  """Returns the accuracy of each class: `[L]`, with NaN for a class without examples."""
+  total_L = count_LL.sum(axis=1)
+  return np.where(total_L > 0, np.diag(count_LL) / np.maximum(total_L, 1), np.nan)
 
 
 @canvas.styled

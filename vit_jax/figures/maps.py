@@ -251,18 +251,6 @@ def patches(image_HWC: np.ndarray, patch_size: tuple[int, int]) -> np.ndarray:
   return cut(image_HWC[None], patch_size)[0]
 
 
-def confusion(label_N: np.ndarray, predicted_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """Counts examples by true class (row) and predicted class (column): `count_LL`."""
-  pair_N = np.asarray(label_N, np.int64) * num_classes + predicted_N
-  return np.bincount(pair_N, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def class_accuracy(count_LL: np.ndarray) -> np.ndarray:
-  """Returns the accuracy of each class: `[L]`, with NaN for a class without examples."""
-  total_L = count_LL.sum(axis=1)
-  return np.where(total_L > 0, np.diag(count_LL) / np.maximum(total_L, 1), np.nan)
-
-
 def mistakes(
   label_N: np.ndarray, predicted_N: np.ndarray, confidence_N: np.ndarray, count: int
 ) -> np.ndarray:

@@ -21,7 +21,6 @@ from vit_jax.figures.reconstruction import draw_reconstruction, reconstruct
 from vit_jax.model import POOLS, POSITIONS
 
 MISTAKES = 10  # number of mistakes drawn
-DRAWN_CLASSES = 2000  # maximum number of classes in a confusion matrix; its memory grows as square
 POINTS = 200  # number of points of the coverage curve
 NOT_COMPARED = Missing('the test split was not evaluated.')
 
@@ -102,11 +101,9 @@ def picture_confusion(subject: Subject) -> tuple[Figure, str]:
   """Returns the figure with the test split's confusion matrix, and its caption."""
   exp, scores = subject.need('exp', 'scores')
   names, count = exp.task.class_names, len(scores.label_N)
-  if len(names) > DRAWN_CLASSES:
-    raise Missing(f'a confusion matrix of more than {DRAWN_CLASSES:,} classes is not legible.')
-  count_LL = maps.confusion(scores.label_N, scores.predicted_N, len(names))
+  count_LL = charts.confusion(scores.label_N, scores.predicted_N, len(names))
   right = np.trace(count_LL)
-  return charts.draw_confusion(count_LL, maps.class_accuracy(count_LL), names), (
+  return charts.draw_confusion(count_LL, charts.class_accuracy(count_LL), names), (
     f'Predicted classes of {count:,} test images, in percent of each true class, and the accuracy '
     f'of each class. {right:,} predictions are correct ({right / count:.2%}).'
   )

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from vit_jax.model import POOLS, Block, Dense, Encoder, cut, sincos, without_pool
 
 ENTRY = 'decoder'  # name of the decoder's entry in the parameters
-EVALUATION = 2**32 - 1  # folded into the key of evaluation masks; training folds in the step
 
 
 class Decoder(nn.Module):
@@ -176,10 +175,10 @@ def check_decoder(exp, params: dict) -> None:
   wanted = jax.eval_shape(functools.partial(init_decoder, exp), jax.random.key(0))[ENTRY]
   if jax.tree.map(jnp.shape, wanted) != jax.tree.map(jnp.shape, params[ENTRY]):
     keys, (p, q) = exp.config.masked, exp.model.patch_size
+    shown = ', '.join(f'masked.{key}={keys[key]}' for key in sorted(keys) if key != 'share')
     raise ValueError(
-      f'model.patch_size={p}x{q}, masked.decoder_depth={keys.decoder_depth}, masked.decoder_width='
-      f'{keys.decoder_width} and masked.decoder_heads={keys.decoder_heads} do not fit the decoder '
-      'of this run. A trained masked autoencoder keeps these values. Remove the changed keys.'
+      f'model.patch_size={p}x{q}, {shown}: these values do not fit the decoder of this run, and '
+      'cannot be changed after training. Remove the changed keys.'
     )
 
 
@@ -298,4 +297,4 @@ def take(patch_BNP: jax.Array, index_BU: jax.Array) -> jax.Array:
 
 def evaluation_key() -> jax.Array:
   """Returns the random key that draws the masks in evaluation; it is the same for all runs."""
-  return jax.random.fold_in(jax.random.key(0), EVALUATION)
+  return jax.random.fold_in(jax.random.key(0), 2**32 - 1)  # training folds in the step
