@@ -180,6 +180,29 @@ def test_a_checkpoint_is_set_aside_if_any_item_is_damaged(trained, tmp_path, ite
   assert len(list((workdir / 'damaged').glob(f'32-*/{item}'))) == 1
 
 
+def test_a_damaged_checkpoint_on_another_disk_is_set_aside(trained, tmp_path, monkeypatch):
+  workdir = copied(trained, tmp_path)
+  (workdir / 'checkpoints').rename(tmp_path / 'disk')
+  (workdir / 'checkpoints').symlink_to(tmp_path / 'disk')
+  damage(workdir, 32, 'params', 'flip')
+
+  def fail(number):
+    def refuse(*_, **__):
+      raise OSError(number, os.strerror(number))
+
+    return refuse
+
+  monkeypatch.setattr(os, 'rename', fail(errno.EXDEV))
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, 'copyfile', fail(errno.ENOSPC))
+    with pytest.raises(storage.Unwritten, match='damaged/32-.*No space left.*Free disk space'):
+      stored.set_aside_damaged(workdir)
+  assert stored.saved_steps(workdir) == [32, 16]
+  stored.set_aside_damaged(workdir)
+  assert stored.saved_steps(workdir) == [16]
+  assert not (tmp_path / 'disk/32').exists() and [*(workdir / 'damaged').glob('32-*/params/d/*')]
+
+
 def test_a_checkpoint_that_the_user_renamed_does_not_count(trained, tmp_path):
   workdir = copied(trained, tmp_path)
   (workdir / 'checkpoints/32').rename(workdir / 'checkpoints/best_32')

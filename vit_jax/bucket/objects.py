@@ -38,7 +38,7 @@ def move(path: pathlib.Path, target: pathlib.Path) -> None:
   """
   if not is_remote(path):
     target.parent.mkdir(exist_ok=True)
-    path.rename(target)
+    shutil.move(path, target)  # copies between two disks, where `rename` fails
     return
   client.filesystem().copy(f'{path}/', f'{target}/', recursive=True)
   delete_all(path)

@@ -11,7 +11,7 @@ import time
 
 import orbax.checkpoint as ocp
 
-from vit_jax import bucket
+from vit_jax import bucket, storage
 from vit_jax.distributed import from_first
 from vit_jax.model import merged
 from vit_jax.optim import without_objective
@@ -157,7 +157,8 @@ def _set_aside_damaged(workdir: pathlib.Path) -> None:
       return
     except items.Damaged as error:
       aside = workdir / 'damaged' / f'{step}-{time.time_ns()}'
-      bucket.move(directory(workdir) / str(step), aside)
+      with storage.writing(aside):
+        bucket.move(directory(workdir) / str(step), aside)
       log.warning('%s The checkpoint was moved to %s.', error, aside)
   if found:
     raise ValueError(
