@@ -641,6 +641,7 @@ def test_a_damaged_best_checkpoint_does_not_keep_a_run_from_finishing(tmp_path, 
   ('config.json', '{"model_type": "vit"}', 'config.json is not the config of a run'),
   ('checkpoints', None, 'checkpoints is a link to .*nowhere, which does not exist'),
   ('result.json', '{"steps": 32}', 'the result of a finished run, but .* has no checkpoint'),
+  ('config.json', '{"optimizer": {}, "checkpoint_every": 4}', 'step 9, so the run has saved'),
 ])  # fmt: skip
 def test_a_new_run_replaces_nothing_that_a_folder_holds(tmp_path, name, content, message):
   if content is None:
@@ -652,6 +653,15 @@ def test_a_new_run_replaces_nothing_that_a_folder_holds(tmp_path, name, content,
     trainer.train(small_config(), tmp_path)
   assert {path.name for path in tmp_path.iterdir()} == {'metrics.jsonl', name}
   assert writer.read_metrics(tmp_path)[0]['step'] == 9
+
+
+@pytest.mark.parametrize('every, damaged', [(5, ''), (0, ''), (4, '4-123')])
+def test_a_run_that_may_not_have_saved_a_checkpoint_starts_again(tmp_path, caplog, every, damaged):
+  (tmp_path / 'config.json').write_text(f'{{"optimizer": {{}}, "checkpoint_every": {every}}}')
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 9, "split": "train"}\n')
+  (tmp_path / 'damaged' / damaged).mkdir(parents=True)
+  trainer.check_new(tmp_path, '')
+  assert 'metrics up to step 9, but no checkpoint. Training starts again' in caplog.text
 
 
 @pytest.mark.slow

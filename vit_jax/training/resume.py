@@ -81,35 +81,6 @@ def begin(
   return finished, saved, cycles
 
 
-def check_new(workdir: pathlib.Path, init: str) -> None:
-  """Raises ValueError if a new run would replace files, or if `init` is the workdir of this run."""
-  own = os.path.realpath(os.path.expanduser(init)) == os.path.realpath(workdir)
-  if init and own and [path.name for path in workdir.iterdir()] == ['log.txt']:  # no weights
-    raise ValueError(
-      f'--config.init={init} is the --workdir of this new run. Choose another --workdir or init.'
-    )
-  checkpoints = workdir / 'checkpoints'
-  config, result = (read_json(workdir / name) for name in ('config.json', 'result.json'))
-  if os.path.islink(checkpoints) and not checkpoints.exists():
-    raise ValueError(
-      f'{checkpoints} is a link to {os.readlink(checkpoints)}, which does not exist. Mount the '
-      'disk or restore the folder. To start from the beginning, remove the link.'
-    )
-  if config is not None and not isinstance(config.get('optimizer'), dict):
-    raise ValueError(
-      f'{workdir / "config.json"} is not the config of a run. A new run would overwrite this file. '
-      'Choose an empty folder as --workdir. To start from the weights of this folder, add '
-      f'--config.init={workdir}'
-    )
-  # If the last checkpoint is in damaged/, `set_aside_damaged` has announced that training restarts.
-  if result and not [*(workdir / 'damaged').glob(f'{result.get("steps")}-*')]:
-    raise ValueError(
-      f'{workdir} contains the result of a finished run, but {checkpoints} has no checkpoint. '
-      'Restore the checkpoints, or choose another --workdir. To train this run again from the '
-      f'beginning, remove {workdir / "result.json"}.'
-    )
-
-
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
   """Raises ValueError for runs of version 0.1.0 that this version would train differently.
 
