@@ -21,7 +21,7 @@ import pytest
 
 from tests.conftest import ROOT, run_model, small_config
 from vit_jax import config as config_lib
-from vit_jax import evaluation, opening
+from vit_jax import evaluation, experiment, opening
 from vit_jax.data import batching
 from vit_jax.data.memory import Examples
 from vit_jax.distributed import Target, cluster, compiled_for, sharding
@@ -662,6 +662,22 @@ def test_a_run_that_may_not_have_saved_a_checkpoint_starts_again(tmp_path, caplo
   (tmp_path / 'damaged' / damaged).mkdir(parents=True)
   trainer.check_new(tmp_path, '')
   assert 'metrics up to step 9, but no checkpoint. Training starts again' in caplog.text
+
+
+def test_a_stop_signal_before_the_second_attempt_is_not_forgotten(tmp_path, monkeypatch):
+  exp, training = opening.from_config(small_config())
+  mesh = experiment.mesh_for(exp.config)
+
+  def attempt(exp, *_, retries=True):
+    with cluster.Preemption() as preemption:
+      if retries:
+        signal.raise_signal(signal.SIGTERM)
+        return exp  # as if memory ran out
+      raise cluster.Preempted('second') if preemption.is_due() else AssertionError
+
+  monkeypatch.setattr(session, 'attempt', attempt)
+  with pytest.raises(cluster.Preempted, match='second'):
+    session.fit(exp, training, mesh, tmp_path)
 
 
 @pytest.mark.slow

@@ -48,10 +48,11 @@ def fit(
     **notes: additional fields for `result.json`.
   """
   exp, training = with_teacher(exp, training, mesh, workdir / 'features')
-  result = attempt(exp, training, mesh, workdir, notes)
-  if isinstance(result, Experiment):
-    log.warning('Out of memory: trying again with %s.', plan_of(result, mesh))
-    result = attempt(result, training, mesh, workdir, notes, retries=False)
+  with Preemption():  # so that the second attempt knows of a signal during the first one
+    result = attempt(exp, training, mesh, workdir, notes)
+    if isinstance(result, Experiment):
+      log.warning('Out of memory: trying again with %s.', plan_of(result, mesh))
+      result = attempt(result, training, mesh, workdir, notes, retries=False)
   if training.val is not None and exp.objective.labels:
     steps = {result[name]['step'] for name in ('last', 'best')}
     calibrate_run(exp, training.val, mesh, workdir, sorted(steps))
