@@ -85,8 +85,8 @@ TRAINING = {
     'also an evaluation at each checkpoint', 'steps', range=STEPS, may_change=True,
   ),
   'checkpoint_every': Key(
-    1000, 'interval between checkpoints; 0: only at the end; None: a tenth of the run', 'steps',
-    range=STEPS, may_change=True, open=True,
+    1000, 'interval between checkpoints; 0: only at the end; None: a tenth of the run, or the '
+    'value of the run that is resumed', 'steps', range=STEPS, may_change=True, open=True,
   ),
   'keep_checkpoints': Key(
     2, 'number of newest checkpoints to keep; a run also keeps the checkpoint with the best result '
@@ -406,7 +406,8 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.remat': Key(
     None, 'activations that the backward pass recomputes to save memory; none: nothing; dots: all '
     'except the results of products with weights; full: all activations inside a block; None: the '
-    'run chooses one, and uses dots or full only if more micro-batches do not save enough memory',
+    'run chooses one, and uses dots or full only if more micro-batches do not save enough memory; '
+    'a resumed run keeps its value',
     kind=str, choices='REMAT', may_change=True,
   ),
   'model.attention': Key(

@@ -664,6 +664,16 @@ def test_a_run_that_may_not_have_saved_a_checkpoint_starts_again(tmp_path, caplo
   assert 'metrics up to step 9, but no checkpoint. Training starts again' in caplog.text
 
 
+def test_a_key_without_a_value_keeps_the_value_of_the_run(tmp_path, monkeypatch, caplog):
+  saved = config_lib.to_dict(small_config(**{'model.remat': 'full'}))
+  item = {'config': saved, 'task': {'train_examples': 1024}, 'version': '0.2.0'}
+  monkeypatch.setattr(resume, 'latest_step', lambda _: 8)
+  monkeypatch.setattr(resume, 'restore_item', lambda *_: item)
+  caplog.set_level('INFO')
+  resume.begin(small_config(checkpoint_every='None'), tmp_path)
+  assert 'keep the value of the run: checkpoint_every=16, model.remat=full.' in caplog.text
+
+
 def test_a_stop_signal_before_the_second_attempt_is_not_forgotten(tmp_path, monkeypatch):
   exp, training = opening.from_config(small_config())
   mesh = experiment.mesh_for(exp.config)

@@ -1,6 +1,7 @@
 """Decides whether and how the run in a workdir resumes, and writes the first files of a run."""
 
 import dataclasses
+import logging
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from vit_jax.check import check
 from vit_jax.data import Split, check_apart, save_png
 from vit_jax.distributed import check_same, from_first, is_first
 from vit_jax.experiment import Experiment
+from vit_jax.keys import KEYS
 from vit_jax.optim import num_steps
 from vit_jax.workdir import (
   Task,
@@ -26,6 +28,8 @@ from vit_jax.workdir import (
   set_aside_damaged,
   write_json,
 )
+
+log = logging.getLogger(__name__)
 
 LISTS = 'lists'  # folder in the workdir for the lists of images in buckets
 OWN = ('data.dir', 'data.workers', 'data.threads')  # keys that may differ between processes
@@ -69,7 +73,7 @@ def begin(
       saved = config_lib.from_dict(item['config'])
     # `splitting.decided` checks data.cache later, when the data is open.
     config_lib.check_same_run(saved, config, workdir, free=('data.cache',))
-    config = config_lib.fill(config, config_lib.flatten(saved))
+    config = with_saved(config, saved)
     cycles = add_cycle(config, item, start, workdir)
     finished = from_first(lambda: finished_result(config, workdir))
     if finished and finished.get('steps') != start:  # the last checkpoint is missing
@@ -79,6 +83,20 @@ def begin(
     if start is not None:
       check_rules(item, workdir)
   return finished, saved, cycles
+
+
+def with_saved(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
+  """Returns the config, in which keys without a value have their saved value.
+
+  For a resumed run, None does not mean that the run chooses the value again, because a repeated
+  command must compute the same steps. The log says so for the keys that the user may change.
+  """
+  values = config_lib.flatten(saved)
+  left = sorted(key for key in config_lib.unset(config) if KEYS[key].may_change)
+  kept = [f'{key}={values[key]}' for key in left if values[key] is not None]
+  if kept:
+    log.info('Keys without a value keep the value of the run: %s.', ', '.join(kept))
+  return config_lib.fill(config, values)
 
 
 def check_rules(item: dict, workdir: pathlib.Path) -> None:
