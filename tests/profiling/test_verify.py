@@ -96,6 +96,19 @@ def test_other_devices_may_differ_by_rounding_only(then, change, same):
   ) in found.text
 
 
+@pytest.mark.parametrize('step', [16, 32])
+def test_other_devices_of_either_checkpoint_are_reported(trained, monkeypatch, step):
+  restore_item, restore_state = replay.restore_item, replay.restore_state
+  devices = lambda found: {'devices': {'kind': 'TPU v9'}} if found == step else {}
+  other = lambda workdir, found, item: restore_item(workdir, found, item) | devices(found)
+  monkeypatch.setattr(replay, 'restore_item', other)
+  loop_ = lambda _, begin, first, last: restore_state(trained[0], last, begin)
+  monkeypatch.setattr(replay.Replay, 'loop', loop_)
+  changed(monkeypatch, 32, 1.0001)
+  found = replay.verify(trained[0])
+  assert found.same and 'used other devices (kind=TPU v9; now ' in found.text
+
+
 def two_states(params, changed):
   """Returns two train states with these parameters; the first one has changed parameters."""
   return [TrainState(jnp.int32(5), tree, {}, None) for tree in (params | changed, params)]

@@ -103,7 +103,8 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   check_same_data(exp, workdir)
   check_same_teacher(exp, workdir)
   mesh = experiment.mesh_for(exp.config)
-  exp = prepared(exp, training, mesh, restore_item(workdir, first, 'config'))
+  start = restore_item(workdir, first, 'config')
+  exp = prepared(exp, training, mesh, start)
   exp, training = with_teacher(exp, training, mesh, workdir / 'features')
   like = init_state(exp, training, mesh)
   begin, _ = restore_state(workdir, first, like)
@@ -112,7 +113,9 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
     log.info('Repeating steps %d to %d.', first + 1, last)
     ended, _ = run.loop(begin, first, last)
   wanted, _ = restore_state(workdir, last, like)
-  return judged((first, last), ended, wanted, item.get('devices'), devices_of(mesh))
+  now = devices_of(mesh)
+  then = next((x for x in (item.get('devices'), start.get('devices')) if x != now), now)
+  return judged((first, last), ended, wanted, then, now)
 
 
 def two_checkpoints(workdir: pathlib.Path) -> tuple[int, int]:
@@ -184,7 +187,8 @@ def judged(
     steps: steps of the two checkpoints, the older one first.
     ended: the repeated train state.
     wanted: the saved train state, placed on the devices like `ended`.
-    then: devices on which the run was trained, from `devices_of`; None if they were not recorded.
+    then: devices of one of the checkpoints, from `devices_of`; None if they were not recorded. If
+      only one checkpoint was saved on other devices than `now`, these are its devices.
     now: devices on which the steps were repeated, from `devices_of`.
   """
   found = differences(ended, wanted)
