@@ -38,7 +38,7 @@ peers: $(VENV)/installed
 # in the system's Chromium.
 test-demo: $(VENV)/installed
 	$(RUN) -m pip install --quiet --requirement requirements-demo.txt
-	$(RUN) -m pytest -n 0 -m '' tests/inference/test_serve.py tests/test_notebook.py
+	$(RUN) -m pytest -n 0 -m '' tests/inference/test_page.py tests/inference/test_serve.py tests/test_notebook.py
 
 # Packages for --format=onnx. Without them, the tests of this format are skipped.
 onnx: $(VENV)/installed

@@ -23,6 +23,8 @@ MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
 KEEP = 3600  # seconds for which uploads stay on disk, and results of the model stay in memory
 CLEAN = 300  # seconds between two deletions of old uploads
+EXPIRED = 'expired'  # state of a session whose results were deleted, or that the server never had
+QUIET = dict(api_visibility='private', show_progress='hidden')
 
 TOPK = 5  # number of classes that the page shows
 SHOWN = 448  # minimum length in pixels of the shorter side of a shown image
@@ -158,7 +160,9 @@ def build(
     parts = lay_out(viewer, examples, seen)
     listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
     gr.Markdown(f'## What this model can and cannot do\n{listed}', elem_id='limits')
-    connect(viewer, examples, gr.State(seen, time_to_live=KEEP), parts)
+    state = gr.State(EXPIRED, time_to_live=KEEP)  # Gradio returns to this value after the time
+    page.load(lambda: seen, None, state, queue=False, **QUIET)
+    connect(viewer, examples, state, parts)
   return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -230,7 +234,8 @@ def show(seen: Seen | None) -> np.ndarray | None:
 def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, parts: Parts) -> None:
   """Registers functions that update the page when a file, example, layer or head is chosen.
 
-  `seen` is Gradio's state of a visitor's session. It holds the `Seen` of the image on the page.
+  `seen` is Gradio's state of a visitor's session: the `Seen` of the image on the page, None if the
+  page shows no image, or `EXPIRED`.
   """
 
   def check_menus(layer: str, head: str):
@@ -250,38 +255,37 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
       raise gr.Error(str(error), print_exception=False) from error
     return viewer.guesses(seen), viewer.picture(seen, layer, head), seen
 
-  def take_example(event: Choice, layer: str, head: str):
+  def take_example(event: Choice):
     if not isinstance(event.index, int) or not 0 <= event.index < len(examples):
       raise gr.Error(
         f'No example has the number {event.index!r:.50}. The page has {len(examples)} examples, '
         'which are counted from 0.',
         print_exception=False,
       )
-    return classify(examples[event.index].read_bytes(), layer, head)
+    seen = viewer.open(examples[event.index].read_bytes())
+    return viewer.guesses(seen), seen
 
-  def draw_again(seen: Seen | None, layer: str, head: str):
+  def draw(seen: Seen | str | None, layer: str, head: str):
     check_menus(layer, head)
-    return None if seen is None else viewer.picture(seen, layer, head)
-
-  def finish(seen: Seen | None):
-    return show(seen), seen and viewer.labels(seen)
-
-  def nothing():
-    return None, None, None, None, None
+    if seen == EXPIRED:
+      raise gr.Error('The image has expired. Choose the image again.', print_exception=False)
+    if seen is None:
+      return None, None, None
+    return viewer.picture(seen, layer, head), show(seen), viewer.labels(seen)
 
   file, gallery, given, picture, layer, head, label, labels = parts
   for part in (file, layer, head):
     refuse_addresses(part)
-  quiet = dict(api_visibility='private', queue=False, show_progress='hidden')
   model = dict(concurrency_id='model', concurrency_limit=1)  # one limit for all calls of the model
-  outputs, chosen, rest = [label, picture, seen], [layer, head], [given, labels]
-  uploaded = file.upload(nothing, None, [*outputs, *rest], **quiet).then(
-    classify, [file, *chosen], outputs, api_name='predict', **model
+  drawn = [picture, given, labels]
+  emptied = dict(fn=lambda: (None,) * 5, outputs=[label, seen, *drawn], queue=False, **QUIET)
+  uploaded = file.upload(**emptied).then(
+    classify, [file, layer, head], [label, picture, seen], api_name='predict', **model
   )
-  file.clear(nothing, None, [*outputs, *rest], **quiet)
-  taken = gallery.select(take_example, chosen, outputs, api_visibility='private', **model)
-  for event in (uploaded, taken):
-    event.then(finish, seen, rest, **quiet)
-  gallery.select(lambda: None, None, file, **quiet)
-  again = dict(api_visibility='private', show_progress='hidden')
-  gr.on([layer.change, head.change], draw_again, [seen, *chosen], picture, **again)
+  file.clear(**emptied)
+  taken = gallery.select(take_example, None, [label, seen], api_visibility='private', **model)
+  # The menus can change while an image waits, so `draw` reads them again at the end. `draw` is in
+  # the queue, because the page shows errors of other functions without their text.
+  for event in (uploaded.then, taken.then, layer.change, head.change):
+    event(draw, [seen, layer, head], drawn, **QUIET)
+  gallery.select(lambda: None, None, file, queue=False, **QUIET)

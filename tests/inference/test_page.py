@@ -1,0 +1,109 @@
+"""The page of --mode=serve, without a model and without a browser."""
+
+import asyncio
+import functools
+import types
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from vit_jax.data.image import fit_image
+from vit_jax.workdir import Calibration
+
+gr = pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
+state_holder = pytest.importorskip('gradio.state_holder')
+gate = pytest.importorskip('vit_jax.inference.gate')
+page_lib = pytest.importorskip('vit_jax.inference.page')
+
+MEAN = page_lib.MEAN
+
+
+class Stub(page_lib.Viewer):
+  """A viewer with two blocks of two heads, which gives every image its own attention."""
+
+  def __init__(self, names=('a', 'b'), crop=1.0):
+    task = types.SimpleNamespace(
+      class_names=names, multi_label=True, stored_size=(8, 8), channels=3
+    )
+    model, fit = types.SimpleNamespace(depth=2), functools.partial(fit_image, crop=crop)
+    self.exp = types.SimpleNamespace(task=task, model=model, calibration=Calibration(), fit=fit)
+    self.rows = self.heads = 2
+
+  def see(self, image_HWC):
+    draws = np.random.default_rng(int(image_HWC.sum()))
+    return page_lib.Seen(
+      image_HWC, np.ones(2) / 2, draws.random((2, 2)), draws.random((2, 2, 2, 2))
+    )
+
+
+@pytest.fixture
+def examples(tmp_path, monkeypatch):
+  """Two image files; Gradio's files are in the same folder."""
+  monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+  for i in (0, 1):
+    pixels_HWC = np.random.default_rng(i).integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels_HWC).save(tmp_path / f'{i}.png')
+  return [tmp_path / '0.png', tmp_path / '1.png']
+
+
+def triggered(page, event):
+  """Returns the functions that an event of a component or of the page starts."""
+  return [fn for fn in page.fns.values() if event in dict(fn.targets).values()]
+
+
+def named(page, name):
+  """Returns the function with this name."""
+  (found,) = (fn for fn in page.fns.values() if fn.name == name)
+  return found
+
+
+def run(page, fn, session, *menus):
+  """Runs a function in a session with values of the menus; returns `{HTML id: output}`."""
+  data = [None, *menus] if fn.inputs else []
+  found = asyncio.run(page.process_api(fn, data, state=session))['data']
+  return {part.elem_id: value for part, value in zip(fn.outputs, found)}
+
+
+def path_of(output):
+  """Returns the path of an image that a function returned; the path has a hash of the content."""
+  return output['attention']['path']
+
+
+def test_an_image_that_has_expired_is_not_replaced_by_another_one(examples):
+  page = page_lib.build(Stub(), examples, 'title', {})
+  sessions = state_holder.StateHolder()
+  sessions.set_blocks(page)
+  for fn in triggered(page, 'load'):
+    run(page, fn, sessions['a'])
+  changes = triggered(page, 'change')
+  for fn in changes:
+    assert path_of(run(page, fn, sessions['a'], 'block 2', MEAN))
+    assert fn.queue  # otherwise the browser does not show the text of an error
+  sessions.delete_state('a')  # as Gradio does after an hour
+  for fn in changes:
+    for session in (sessions['a'], sessions['b']):
+      with pytest.raises(gr.Error, match='Choose the image again'):
+        run(page, fn, session, 'block 2', MEAN)
+
+
+def test_menus_do_nothing_on_a_page_without_an_image(examples):
+  page = page_lib.build(Stub(), [], 'title', {})
+  session = state_holder.SessionState(page)
+  for fn in triggered(page, 'load'):
+    run(page, fn, session)
+  for fn in triggered(page, 'change'):
+    assert set(run(page, fn, session, 'block 2', MEAN).values()) == {None}
+
+
+@pytest.mark.parametrize('name', ['classify', 'take_example'])
+def test_a_picture_is_drawn_with_the_menus_at_the_end_of_the_wait(examples, name):
+  page = page_lib.build(Stub(), examples, 'title', {})
+  session = state_holder.SessionState(page)
+  for fn in triggered(page, 'load'):
+    run(page, fn, session)
+  change = triggered(page, 'change')[0]
+  (last,) = (fn for fn in page.fns.values() if fn.trigger_after == named(page, name)._id)
+  wanted = [path_of(run(page, change, session, layer, MEAN)) for layer in ('block 1', 'block 2')]
+  found = [path_of(run(page, last, session, layer, MEAN)) for layer in ('block 1', 'block 2')]
+  assert found == wanted and found[0] != found[1]
