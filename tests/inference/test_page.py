@@ -107,3 +107,17 @@ def test_a_picture_is_drawn_with_the_menus_at_the_end_of_the_wait(examples, name
   wanted = [path_of(run(page, change, session, layer, MEAN)) for layer in ('block 1', 'block 2')]
   found = [path_of(run(page, last, session, layer, MEAN)) for layer in ('block 1', 'block 2')]
   assert found == wanted and found[0] != found[1]
+
+
+def test_an_example_is_not_cropped_again_but_an_upload_is(examples):
+  viewer, seen = Stub(crop=0.875), []
+  viewer.see = lambda image_HWC: seen.append(image_HWC) or Stub.see(viewer, image_HWC)
+  page = page_lib.build(viewer, examples, 'title', {})
+  named(page, 'take_example').fn(types.SimpleNamespace(index=1))
+  for image_HWC, file in zip(seen, examples, strict=True):
+    assert np.array_equal(image_HWC, np.asarray(Image.open(file)))
+  Image.new('RGB', (16, 8)).save(examples[1])  # a file of another size that a user added
+  named(page, 'take_example').fn(types.SimpleNamespace(index=1))
+  assert seen.pop().shape == (8, 8, 3)
+  named(page, 'classify').fn(examples[0].read_bytes(), 'block 1', MEAN)
+  assert not np.array_equal(seen[-1], np.asarray(Image.open(examples[0])))

@@ -79,17 +79,22 @@ class Viewer:
     probability_L, found = jax.device_get(self._look(image_HWC))
     return Seen(image_HWC, probability_L, found['rollout'][0], found['heads'][0])
 
-  def open(self, encoded: bytes) -> Seen:
+  def open(self, encoded: bytes, cropped: bool = False) -> Seen:
     """Decodes and resizes an image, and runs the model on this image.
 
     Args:
       encoded: bytes of an image file.
+      cropped: whether the image was already cropped. It is then resized only if its size is not the
+        size to which files are resized.
 
     Raises:
       BadImage: the file is not an image, or has too many pixels.
     """
     decoded = decode_image(encoded, 'This file', self.exp.task.channels, MAX_PIXELS)
-    return self.see(self.exp.fit(decoded, self.exp.task.stored_size))
+    size = self.exp.task.stored_size
+    if cropped and decoded.size == size[::-1]:
+      return self.see(np.asarray(decoded).reshape(*size, -1))
+    return self.see(self.exp.fit(decoded, size))
 
   @property
   def head_names(self) -> list[str]:
@@ -154,7 +159,7 @@ def build(
     title: title of the page.
     limits: what visitors must know about the model, as `{title: Markdown text}`.
   """
-  seen = viewer.open(examples[0].read_bytes()) if examples else None
+  seen = viewer.open(examples[0].read_bytes(), cropped=True) if examples else None
   with Page(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {escaped(title)}')
     parts = lay_out(viewer, examples, seen)
@@ -262,7 +267,7 @@ def connect(viewer: Viewer, examples: Sequence[pathlib.Path], seen: gr.State, pa
         'which are counted from 0.',
         print_exception=False,
       )
-    seen = viewer.open(examples[event.index].read_bytes())
+    seen = viewer.open(examples[event.index].read_bytes(), cropped=True)
     return viewer.guesses(seen), seen
 
   def draw(seen: Seen | str | None, layer: str, head: str):
