@@ -65,6 +65,11 @@ def check_positive(what: str, value: object) -> None:
     raise ValueError(f'{what} must be a positive integer, got {value!r}.')
 
 
+def encodable(text: str) -> str:
+  """Replaces each lone surrogate, which stands for a byte of a name that is not UTF-8, by `?`."""
+  return text.encode(errors='replace').decode()
+
+
 def one_line(text: str) -> str:
   """Escapes line breaks and other control characters, so that the text stays on one line."""
   escaped = lambda found: found.group().encode('unicode_escape').decode()

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import types
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 import pytest
 
 from vit_jax.data.image import fit_image
+from vit_jax.figures.canvas import short
 from vit_jax.workdir import Calibration
 
 gr = pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
@@ -121,3 +123,11 @@ def test_an_example_is_not_cropped_again_but_an_upload_is(examples):
   assert seen.pop().shape == (8, 8, 3)
   named(page, 'classify').fn(examples[0].read_bytes(), 'block 1', MEAN)
   assert not np.array_equal(seen[-1], np.asarray(Image.open(examples[0])))
+
+
+def test_names_that_are_not_utf_8_can_be_sent_to_the_browser(examples):
+  viewer = Stub(names=('caf\udce9', 'caf\udce8'))
+  page = page_lib.build(viewer, examples, 'run \udce9', {'Classes': 'caf\udce9'})
+  json.dumps(page.get_config_file(), ensure_ascii=False, default=str).encode()
+  assert viewer.guesses(viewer.see(np.zeros((8, 8, 3), np.uint8))) == {'caf?': 0.5, 'caf? (1)': 0.5}
+  assert short('caf\udce9') == 'caf?'

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from vit_jax import storage
+from vit_jax.names import encodable
 
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#666666'
 GROUND = 228  # grey level between patches; white could be mistaken for a part of the image
@@ -158,7 +159,6 @@ def short(name: str, most: int = 16) -> str:
 
   Dollar signs are escaped, because matplotlib would read them as the start of a formula.
   """
-  # A class name can come from a folder whose name is not valid UTF-8.
-  name = ' '.join(name.encode(errors='replace').decode().split())
+  name = ' '.join(encodable(name).split())
   name = name if len(name) <= most else name[: most - 1] + '…'
   return name.replace('$', r'\$')

@@ -18,6 +18,7 @@ from vit_jax.experiment import Experiment
 from vit_jax.figures import Missing, attention_summary, resize_map
 from vit_jax.inference.about import escaped
 from vit_jax.inference.gate import Choice, Page, refuse_addresses
+from vit_jax.names import encodable
 
 MAX_PIXELS = 50_000_000  # maximum number of pixels of an uploaded image
 MAX_WAITING = 256  # maximum number of queued requests
@@ -110,7 +111,8 @@ class Viewer:
   def guesses(self, seen: Seen) -> dict[str, float]:
     """Returns `{class name: probability}`; a repeated name is followed by its class index."""
     found = {}
-    for i, name in enumerate(self.exp.task.class_names):  # ImageNet has two classes named `crane`
+    # ImageNet has two classes named `crane`.
+    for i, name in enumerate(map(encodable, self.exp.task.class_names)):
       found[f'{name} ({i})' if name in found else name] = float(seen.probability_L[i])
     return found
 
@@ -118,7 +120,7 @@ class Viewer:
     """Returns the predicted labels as Markdown, for a model that can give several labels."""
     names, chosen = self.exp.task.class_names, self.exp.calibration.thresholds
     found = given_labels(seen.probability_L, chosen)
-    return f'**Labels**: {", ".join(escaped(names[i]) for i in found) or "none"}'
+    return encodable(f'**Labels**: {", ".join(escaped(names[i]) for i in found) or "none"}')
 
   def picture(self, seen: Seen, layer: str, head: str) -> np.ndarray:
     """Returns the image, darkened where the attention is low: uint8 `[H, W, 3]`.
@@ -160,10 +162,11 @@ def build(
     limits: what visitors must know about the model, as `{title: Markdown text}`.
   """
   seen = viewer.open(examples[0].read_bytes(), cropped=True) if examples else None
+  title = encodable(title)
   with Page(title=title, analytics_enabled=False, delete_cache=(CLEAN, KEEP)) as page:
     gr.Markdown(f'# {escaped(title)}')
     parts = lay_out(viewer, examples, seen)
-    listed = '\n'.join(f'- **{name}**: {text}' for name, text in limits.items())
+    listed = encodable('\n'.join(f'- **{name}**: {text}' for name, text in limits.items()))
     gr.Markdown(f'## What this model can and cannot do\n{listed}', elem_id='limits')
     state = gr.State(EXPIRED, time_to_live=KEEP)  # Gradio returns to this value after the time
     page.load(lambda: seen, None, state, queue=False, **QUIET)
