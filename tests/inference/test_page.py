@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import socket
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from vit_jax.data.image import fit_image
 from vit_jax.figures.canvas import short
+from vit_jax.inference import server
 from vit_jax.workdir import Calibration
 
 gr = pytest.importorskip('gradio', reason='pip install -r requirements-demo.txt')
@@ -131,3 +133,22 @@ def test_names_that_are_not_utf_8_can_be_sent_to_the_browser(examples):
   json.dumps(page.get_config_file(), ensure_ascii=False, default=str).encode()
   assert viewer.guesses(viewer.see(np.zeros((8, 8, 3), np.uint8))) == {'caf?': 0.5, 'caf? (1)': 0.5}
   assert short('caf\udce9') == 'caf?'
+
+
+@pytest.mark.parametrize('name, proxy', [
+    ('http_proxy', 'http://127.0.0.1:9'), ('ALL_PROXY', 'socks5://127.0.0.1:9'),
+])  # fmt: skip
+def test_the_server_starts_behind_a_proxy_that_cannot_reach_it(examples, monkeypatch, name, proxy):
+  monkeypatch.setenv(name, proxy)
+  monkeypatch.setenv('no_proxy', '')
+  page = page_lib.build(Stub(), examples, 'title', {})
+  gate.launch(page, '127.0.0.1', server.find_port('127.0.0.1', 0))
+  page.close()
+
+
+def test_a_server_that_cannot_start_is_an_error_with_a_remedy(examples):
+  page = page_lib.build(Stub(), examples, 'title', {})
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    with pytest.raises(ValueError, match=f'--port={port} .* choose another address or port'):
+      gate.launch(page, '127.0.0.1', port)

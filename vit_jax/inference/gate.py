@@ -7,6 +7,7 @@ page and the clients of its API use.
 
 import contextlib
 import logging
+import os
 import pathlib
 import re
 
@@ -163,20 +164,33 @@ def refuse_addresses(part: gr.components.Component) -> None:
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
-  """Starts to serve a page at an address, in a new thread."""
-  page.launch(
-    server_name=host,
-    server_port=port,
-    share=False,
-    quiet=True,
-    prevent_thread_lock=True,
-    max_file_size=MAX_BYTES,
-    state_session_capacity=MAX_SESSIONS,
-    enable_monitoring=False,
-    run_history=False,  # its routes use the Hugging Face token of the user who runs the server
-    ssr_mode=False,
-    theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
-    css=CSS,
-    footer_links=['api'],
-    app_kwargs={'middleware': [Middleware(Gate)]},
-  )
+  """Starts to serve a page at an address, in a new thread.
+
+  Raises:
+    ValueError: Gradio cannot serve the page, or cannot connect to it.
+  """
+  # Gradio connects to the page to test it. Only `*` makes its client ignore every proxy, including
+  # proxies that the client does not support.
+  os.environ['no_proxy'] = '*'
+  try:
+    page.launch(
+      server_name=host,
+      server_port=port,
+      share=False,
+      quiet=True,
+      prevent_thread_lock=True,
+      max_file_size=MAX_BYTES,
+      state_session_capacity=MAX_SESSIONS,
+      enable_monitoring=False,
+      run_history=False,  # its routes use the Hugging Face token of the user who runs the server
+      ssr_mode=False,
+      theme=gr.themes.Default(font=FONT, font_mono=('ui-monospace', 'monospace')),
+      css=CSS,
+      footer_links=['api'],
+      app_kwargs={'middleware': [Middleware(Gate)]},
+    )
+  except Exception as error:  # Gradio raises errors of many types
+    raise ValueError(
+      f'Cannot serve the page on --host={host} --port={port} ({reason_of(error)}). Check that this '
+      'machine can connect to this address, or choose another address or port.'
+    ) from error
