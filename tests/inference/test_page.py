@@ -3,13 +3,18 @@
 import asyncio
 import functools
 import json
+import os
+import pathlib
+import signal
 import socket
+import time
 import types
 
 import numpy as np
 from PIL import Image
 import pytest
 
+from vit_jax import opening
 from vit_jax.data.image import fit_image
 from vit_jax.figures.canvas import short
 from vit_jax.inference import server
@@ -152,3 +157,32 @@ def test_a_server_that_cannot_start_is_an_error_with_a_remedy(examples):
     port = taken.getsockname()[1]
     with pytest.raises(ValueError, match=f'--port={port} .* choose another address or port'):
       gate.launch(page, '127.0.0.1', port)
+
+
+def test_an_upload_that_gradio_does_not_know_is_deleted_and_an_example_is_not(monkeypatch):
+  def wait():
+    folder, until = pathlib.Path(os.environ['GRADIO_TEMP_DIR']), time.monotonic() + 20
+    (folder / 'tmp0').write_bytes(b'interrupted')
+    while (folder / 'tmp0').exists():
+      assert time.monotonic() < until
+      time.sleep(0.05)
+    waited.append((folder / '0.png').exists())
+
+  def find_examples(exp, workdir, folder):
+    (folder / '0.png').write_bytes(b'image')
+
+  waited, nothing = [], lambda *_: None
+  monkeypatch.setenv('GRADIO_TEMP_DIR', '')  # `serve` changes it
+  monkeypatch.setattr(signal, 'signal', nothing)
+  monkeypatch.setattr(opening, 'open_model', lambda request: (None,) * 3)
+  monkeypatch.setattr(server, 'find_examples', find_examples)
+  monkeypatch.setattr(server, 'about', nothing)
+  monkeypatch.setattr(page_lib, 'Viewer', nothing)
+  blocks = types.SimpleNamespace(local_url='', block_thread=wait)
+  monkeypatch.setattr(page_lib, 'build', lambda *_: blocks)
+  monkeypatch.setattr(page_lib, 'KEEP', 0.2)
+  monkeypatch.setattr(page_lib, 'CLEAN', 0.1)
+  monkeypatch.setattr(gate, 'launch', nothing)
+  request = types.SimpleNamespace(workdir=None, name='a', overrides={})
+  server.serve(request, '127.0.0.1', 0)
+  assert waited == [True]

@@ -15,6 +15,7 @@ Decisions:
     means that the page or Gradio has a bug.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -22,6 +23,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 
 from vit_jax import opening, progress
 from vit_jax.bucket import is_remote
@@ -89,6 +92,31 @@ def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   return copy
 
 
+def clean(folder: pathlib.Path, age: float, period: float) -> None:
+  """Starts a thread that deletes the files that will be written into a folder, when they are old.
+
+  Gradio deletes only uploads that it accepted. Other uploads, such as interrupted ones, stay.
+
+  Args:
+    folder: the folder; the files that it already has are kept.
+    age: seconds after which a file is deleted. This must be later than Gradio deletes its files,
+      because Gradio would not forget the names of files that it does not find.
+    period: seconds between two deletions.
+  """
+  kept = set(folder.rglob('*'))
+
+  def repeat():
+    while True:
+      time.sleep(period)
+      paths = [pathlib.Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+      for path in paths:
+        with contextlib.suppress(OSError):  # Gradio moves and deletes files meanwhile
+          if path not in kept and time.time() - path.stat().st_ctime > age:
+            path.unlink()
+
+  threading.Thread(target=repeat, daemon=True).start()
+
+
 def serve(request: Request, host: str, port: int) -> None:
   """Serves the demo page of a model until the process ends.
 
@@ -114,6 +142,7 @@ def serve(request: Request, host: str, port: int) -> None:
     examples = find_examples(exp, request.workdir, pathlib.Path(uploads))
     limits = about(exp, step, request.workdir, request.overrides)
     blocks = page.build(viewer, examples, f'vit_jax: {public(request.name)}', limits)
+    clean(pathlib.Path(uploads), page.KEEP + page.CLEAN, page.CLEAN)
     gate.launch(blocks, host, port)
     log.info('Serving on %s', blocks.local_url)
     blocks.block_thread()
