@@ -7,6 +7,8 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import time
 import types
 
@@ -14,6 +16,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from tests.conftest import ROOT
 from vit_jax import opening
 from vit_jax.data.image import fit_image
 from vit_jax.figures.canvas import short
@@ -186,3 +189,31 @@ def test_an_upload_that_gradio_does_not_know_is_deleted_and_an_example_is_not(mo
   request = types.SimpleNamespace(workdir=None, name='a', overrides={})
   server.serve(request, '127.0.0.1', 0)
   assert waited == [True]
+
+
+# A server that waits for its model for ever.
+WAITING = """
+import sys, time, types
+from vit_jax.inference import server
+sys.modules['vit_jax.inference.gate'] = sys.modules['vit_jax.inference.page'] = types
+server.opening.open_model = lambda request: (print('ready', flush=True), time.sleep(100))
+server.serve(None, '127.0.0.1', 0)
+"""
+
+
+@pytest.mark.parametrize('ignored', [False, True])
+def test_a_closed_terminal_stops_the_server_unless_nohup_started_it(tmp_path, ignored):
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+  env = os.environ | {'TMPDIR': str(tmp_path)}
+  command = [sys.executable, '-c', WAITING]
+  process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+  signal.signal(signal.SIGHUP, before)
+  assert process.stdout.readline() == 'ready\n'
+  assert [path.name[:16] for path in tmp_path.iterdir()] == ['vit_jax_uploads_']
+  process.send_signal(signal.SIGHUP)
+  if ignored:
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(0.5)
+    process.terminate()
+  process.communicate(timeout=60)
+  assert process.returncode == 0 and not list(tmp_path.iterdir())

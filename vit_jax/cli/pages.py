@@ -36,7 +36,7 @@ Without `--mode`, the mode is `train`.
 
 | exit code | meaning |
 | --- | --- |
-| 0 | success, or SIGTERM or Ctrl-C stopped `serve` while it served the page |
+| 0 | success, or SIGTERM, SIGHUP or Ctrl-C stopped `serve` while it served the page |
 | 1 | `predict` could not read an image, `verify` found a difference, another process died or did \
 not connect, or the program has a bug |
 | 2 | any other error, such as a wrong flag or unreadable data; the last line of the \

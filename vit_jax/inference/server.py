@@ -130,7 +130,10 @@ def serve(request: Request, host: str, port: int) -> None:
       do not fit the weights.
   """
   port = find_port(host, port)
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # a normal exit deletes the uploads
+  stop = lambda *_: sys.exit(0)  # a normal exit deletes the uploads
+  signal.signal(signal.SIGTERM, stop)
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` ignores SIGHUP
+    signal.signal(signal.SIGHUP, stop)
   with tempfile.TemporaryDirectory(prefix='vit_jax_uploads_') as uploads:
     os.environ['GRADIO_TEMP_DIR'] = uploads
     # Gradio reads this variable when it is imported, so these modules are not imported earlier.
