@@ -36,6 +36,7 @@ from vit_jax.workdir import latest_step, read_metrics
 
 log = logging.getLogger(__name__)
 
+NO_TEST = Missing('weights of --init come without test data.')
 SHOWN = 8  # number of images that are drawn
 MEASURED = 128  # number of images over which attention distance is averaged, as in the paper
 
@@ -63,26 +64,24 @@ def collect(request: Request, images: PathLike | Iterable[PathLike] | None) -> S
   chosen = read_images(files, exp) if files else None
   mesh = inference_mesh(SHOWN if init else exp.config.eval_batch_size)
   on_device = replicate(mesh, params)
-  test = Missing('weights of --init come without test data.')
-  test = test if init else load_test(exp, request.overrides)
-  there = not isinstance(test, Missing)
-  scores = nearest = test
-  if there and not exp.task.class_names:
-    scores = nearest = Missing('this figure needs classes, but the run has no labels.')
-  elif there and exp.task.multi_label:
-    scores = nearest = Missing('this figure needs one label per image, but images have several.')
-  elif there:
-    scores = answers(exp, on_device, test, mesh)
-    nearest = near_mistakes(exp, on_device, test, scores, mesh)
-  if not there and chosen is None:
-    return Subject(lines, exp, params, test, scores, test, test, loaded)
-  chosen = choose_images(test, exp) if chosen is None else chosen
-  try:
-    attention = attention_over(exp, on_device, chosen, mesh)
-  except Missing as reason:  # the pool has no attention maps
-    attention = reason
-  seen = as_seen(exp, chosen[:SHOWN])
-  return Subject(lines, exp, params, test, scores, seen, attention, loaded, nearest)
+  test = NO_TEST if init else load_test(exp, request.overrides)
+  scores, nearest = predicted(exp, on_device, test, mesh)
+  if chosen is None and isinstance(test, Missing):
+    shown = attention = test
+  else:
+    chosen = choose_images(test, exp) if chosen is None else chosen
+    shown, attention = as_seen(exp, chosen[:SHOWN]), attention_over(exp, on_device, chosen, mesh)
+  return Subject(
+    lines=lines,
+    exp=exp,
+    params=params,
+    test=test,
+    scores=scores,
+    nearest=nearest,
+    shown=shown,
+    attention=attention,
+    step=loaded,
+  )
 
 
 def read_lines(workdir: pathlib.Path | None) -> list[dict] | Missing:
@@ -115,6 +114,25 @@ def load_test(exp: Experiment, overrides: Mapping[str, str]) -> Split | Missing:
       raise
     log.warning('Cannot read the test data: %s', error)
     return Missing(f'cannot read the test data: {error}')
+
+
+def predicted(
+  exp: Experiment, params: dict, test: Split | Missing, mesh: jax.sharding.Mesh
+) -> tuple[Scores | Missing, Neighbours | Missing]:
+  """Returns the predictions for the test split, and training images that are similar to mistakes.
+
+  If they cannot be computed, both results are a `Missing` with the reason.
+  """
+  if isinstance(test, Missing):
+    reason = test
+  elif not exp.task.class_names:
+    reason = Missing('this figure needs classes, but the run has no labels.')
+  elif exp.task.multi_label:
+    reason = Missing('this figure needs one label per image, but images have several.')
+  else:
+    scores = answers(exp, params, test, mesh)
+    return scores, near_mistakes(exp, params, test, scores, mesh)
+  return reason, reason
 
 
 def answers(exp: Experiment, params: dict, test: Split, mesh: jax.sharding.Mesh) -> Scores:
@@ -207,10 +225,11 @@ def as_seen(exp: Experiment, image_BHWC: np.ndarray) -> np.ndarray:
 
 def attention_over(
   exp: Experiment, params: dict, image_BHWC: np.ndarray, mesh: jax.sharding.Mesh
-) -> AttentionMaps:
+) -> AttentionMaps | Missing:
   """Computes attention maps of the first `SHOWN` images.
 
-  The mean attention distances are computed over all images.
+  The mean attention distances are computed over all images. If the pool has no attention maps, the
+  result is a `Missing` with the reason.
   """
 
   def summary(image_BHWC, params):
@@ -221,7 +240,11 @@ def attention_over(
   examples = Examples(image_BHWC, np.zeros(count, np.int32))
   first, distances = None, []
   for batch in batches(examples, SHOWN, mesh, 'Attention'):
-    found = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], step(batch['image'], params))
+    try:
+      arrays = step(batch['image'], params)
+    except Missing as reason:
+      return reason
+    found = jax.tree.map(lambda x: np.asarray(x)[:SHOWN], arrays)
     first = first or found
     distances.append(found['distance'])
   rollout, heads = first['rollout'][:count], first['heads'][:count]

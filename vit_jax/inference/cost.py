@@ -118,7 +118,7 @@ def measure(
   config, mesh = exp.config, experiment.mesh_for(exp.config)
   recipe = training_recipe(config, examples or MANY, cycles)
   steps = recipe['steps'] if examples else None
-  warmup = warmup_steps(config, examples, (*cycles, steps)[0]) if examples else None
+  warmup = warmup_steps(config, examples, cycles[0] if cycles else steps) if examples else None
   training = Training(None, None, None, params=None, **recipe)
   exp = estimated(exp, training, mesh)
   shapes = jax.eval_shape(lambda: init_state(exp, training, mesh))
@@ -135,27 +135,26 @@ def measure(
   total = Part('total', parameters.total(), flops.total() / 1e9, kept.total() / 2**20)
   at_once = config.batch_size // shares(mesh) // longest.training_parts(mesh)
   return Summary(
-    exp,
-    sum(leaf.size for leaf in jax.tree.leaves(trained)),
-    (*parts, total),
-    train_flops,
-    teacher_part(exp),
-    run_flops,
-    state_bytes(exp, shapes, mesh),
-    mesh.size,
-    at_once,
-    round(at_once * kept.total()),
-    steps,
-    warmup,
-    (
-      *notes,
-      *patch_notes(exp),
-      *(
-        f'After step {n:,}, the learning rate warms up again, to {LATER_PEAK:g} times optimizer.lr.'
-        for n in cycles
-      ),
-    ),
+    exp=exp,
+    trained=sum(leaf.size for leaf in jax.tree.leaves(trained)),
+    parts=(*parts, total),
+    train_flops=train_flops,
+    teacher=teacher_part(exp),
+    run_flops=run_flops,
+    state_bytes=state_bytes(exp, shapes, mesh),
+    devices=mesh.size,
+    at_once=at_once,
+    activation_bytes=round(at_once * kept.total()),
+    steps=steps,
+    warmup=warmup,
+    notes=(*notes, *patch_notes(exp), *cycle_notes(cycles)),
   )
+
+
+def cycle_notes(cycles: tuple[int, ...]) -> list[str]:
+  """Returns a note for each later cycle of the learning rate; `cycles` as in `measure`."""
+  later = f'the learning rate warms up again, to {LATER_PEAK:g} times optimizer.lr.'
+  return [f'After step {n:,}, {later}' for n in cycles]
 
 
 def patch_notes(exp: Experiment) -> list[str]:

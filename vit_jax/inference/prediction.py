@@ -110,8 +110,8 @@ def predict_files(
       best = given_labels(row, exp.calibration.thresholds)
     else:
       best = np.argsort(-row, kind='stable')[: topk or TOPK]
-    found = [{'class': names[i], 'probability': float(row[i])} for i in best]
-    yield {'file': str(file), 'predictions': found}
+    likely = [{'class': names[i], 'probability': float(row[i])} for i in best]
+    yield {'file': str(file), 'predictions': likely}
 
 
 def features(
