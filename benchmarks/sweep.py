@@ -17,7 +17,7 @@ as an augmentation, dropout or the weight averaging. Its first entry is the unch
 `--pflops` gives all entries the same compute:
 
     python -m benchmarks.sweep --config=configs/cifar10.py:coffee --out=runs/knobs --seeds=3 \\
-        --grid=benchmarks/knobs.json --pflops=0.09 --config.data.source=folder:cifar10
+        --grid=benchmarks/knobs.json --pflops=0.057 --config.data.source=folder:cifar10
 
 By default, a sweep trains on the first 90% of the training split and reports the accuracy on the
 last 10%. It does not use the test images, because they must not influence the choice of settings.
