@@ -105,6 +105,8 @@ are:
   the test images. It does not include the decoding of the data before training;
 - `limit`: maximum number of minutes that a run of the recipe should take.
 
+The time of `small` with 20 epochs is too long, because other programs used the same cores.
+
 `python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by
 which we chose the recipes.
 

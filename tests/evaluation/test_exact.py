@@ -160,10 +160,11 @@ def test_no_temperature_is_fitted_on_other_data_than_the_runs(workdir, overrides
 
 
 @pytest.mark.slow
-def test_no_temperature_is_fitted_on_other_files_of_the_same_name(workdir):
+def test_no_temperature_is_fitted_on_other_files_of_the_same_name(workdir, caplog):
   exp, _, step = opening.from_workdir(workdir)
   other = dataclasses.replace(exp, task=dataclasses.replace(exp.task, fingerprint='0123'))
   assert data.load_validation(other, workdir, step) is None
+  assert 'the list of training files or their labels differ' in caplog.text
 
 
 @pytest.mark.slow

@@ -154,7 +154,8 @@ def test_the_server_starts_behind_a_proxy_that_cannot_reach_it(examples, monkeyp
   page.close()
 
 
-def test_a_server_that_cannot_start_is_an_error_with_a_remedy(examples):
+def test_a_server_that_cannot_start_is_an_error_with_a_remedy(monkeypatch, examples):
+  monkeypatch.setenv('no_proxy', '')  # `launch` changes it; the old value returns after the test
   page = page_lib.build(Stub(), examples, 'title', {})
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]

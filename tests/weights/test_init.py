@@ -422,6 +422,8 @@ def test_several_labels_survive_in_hugging_face_files(tmp_path):
   assert loaded.calibration == Calibration(thresholds=(0.5, 0.5, 0.5))
   vit_jax.save(*loaded, tmp_path / 'again', format='hf', calibration=loaded.calibration)
   assert vit_jax.load(tmp_path / 'again').multi_label
+  assert vit_jax.load(tmp_path / 'again', num_classes=5).calibration.thresholds == (0.5,) * 5
+  assert Calibration(thresholds=(0.2,) * 3, examples=9).with_thresholds(2).thresholds == (0.5, 0.5)
 
 
 def test_a_program_takes_images_of_the_size_that_predict_uses(weights, tmp_path):

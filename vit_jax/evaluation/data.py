@@ -163,8 +163,8 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   Returns:
     The split, or None in these cases:
     - The run has no validation split, or did not store the names of its training files.
-    - The overrides name a different dataset or validation split than the run used, or the training
-      images are different ones.
+    - The overrides name a different dataset or validation split than the run used. Or
+      the list of training files or their labels differ.
     - The run used `sweep` to search for a learning rate. After the search, such a run also trains
       on the validation split, so these images are not held out.
   """
@@ -174,6 +174,10 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   if not (same and data.val_split) or saved.sweep or names is None:
     return None
   source = open_data(experiment)
-  if source.fingerprint != experiment.task.fingerprint:  # other images under the same name
+  if source.fingerprint != experiment.task.fingerprint:
+    log.warning(
+      'No calibration is fitted, because the list of training files or their labels differ from '
+      'those of the run.'
+    )
     return None
   return load_split(experiment, data.val_split, open_validation(source, data.val_split, names))

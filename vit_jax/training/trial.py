@@ -79,6 +79,9 @@ def choose_attention(
     )
   if asked != 'auto' or model.attention_dropout:
     return exp
+  sizes = [size for *_, size in exp.objective.sequences(exp)]
+  if all(flash_obstacle(target(mesh), model.dtype, size) for size in sizes):
+    return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
     # The trial also runs `plain`, which needs more memory than cuDNN. So the shapes of the trial
@@ -86,11 +89,9 @@ def choose_attention(
     smaller = estimated(
       dataclasses.replace(exp, model=model.clone(attention='plain')), training, mesh
     )
-    sizes = itertools.product((size for _, size in training.stages), reversed(exp.patch_sizes))
-    shapes = [shape for both in sizes for shape in attention_shapes(smaller.at(*both), mesh)]
+    stages = itertools.product((size for _, size in training.stages), reversed(exp.patch_sizes))
+    shapes = [shape for both in stages for shape in attention_shapes(smaller.at(*both), mesh)]
     shapes = [x for x in shapes if not flash_obstacle(target(mesh), model.dtype, x[-1])]
-    if not shapes:
-      return exp
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 

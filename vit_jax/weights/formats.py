@@ -128,7 +128,8 @@ class Pretrained:
   def calibration(self) -> Calibration:
     """Settings that turn logits into probabilities or labels."""
     found = Calibration(sigmoid=True) if self.sigmoid else Calibration.load(self.run)
-    return found.with_thresholds(self.model.num_classes or 0) if self.multi_label else found
+    classes = self.model.num_classes
+    return found.with_thresholds(classes) if self.multi_label and classes else found
 
   def __iter__(self):
     return iter((self.model, self.params))

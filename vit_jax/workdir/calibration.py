@@ -46,8 +46,10 @@ class Calibration:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
   def with_thresholds(self, classes: int) -> 'Calibration':
-    """Returns the calibration; if no thresholds were fitted, each class has the threshold 0.5."""
-    return self if self.thresholds else dataclasses.replace(self, thresholds=(0.5,) * classes)
+    """Returns the calibration, or thresholds of 0.5 if none were fitted for this many classes."""
+    if len(self.thresholds or ()) == classes:
+      return self
+    return Calibration(thresholds=(0.5,) * classes)
 
 
 def find_calibration(workdir: pathlib.Path, step: int, classes: int) -> dict | None:
