@@ -105,8 +105,6 @@ are:
   the test images. It does not include the decoding of the data before training;
 - `limit`: maximum number of minutes that a run of the recipe should take.
 
-The time of `small` with 20 epochs is too long, because other programs used the same cores.
-
 `python -m benchmarks.recipes` writes this page. [notes.md](notes.md) describes the experiments by
 which we chose the recipes.
 
@@ -152,7 +150,10 @@ def gather(name: str) -> None:
 
 
 def row(name: str) -> str:
-  """Returns a line of the table, with `open` for a recipe that was not run yet."""
+  """Returns a line of the table, with `open` for a recipe that was not run yet.
+
+  If the JSON file of the results has a `time_note`, written by hand, the line shows it.
+  """
   recipe, result = RECIPES[name], writer.read_json(collect.RESULTS / f'{name}.json')
   percent = lambda share: f'{100 * share:g}%'
   cells = [
@@ -168,6 +169,7 @@ def row(name: str) -> str:
     spread = '' if deviation is None else f' ± {100 * deviation:.2f}'
     accuracy = f'**{100 * result["test_accuracy_mean"]:.2f}{spread} %** ({seeds} seeds)'
     cells += [accuracy.replace('(1 seeds)', '(1 seed)'), f'{result["seconds_mean"] / 60:.1f}']
+    cells[-1] += f' ({result["time_note"]})' if 'time_note' in result else ''
     cells += [f'{recipe.minutes:g}', f'{result["machine"]}, {result["date"]}']
     cells += [f'[runs]({name}.json), [curves]({name}/curves.png)']
   return f'| {" | ".join(cells)} |'

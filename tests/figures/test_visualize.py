@@ -319,7 +319,7 @@ def test_a_confusion_matrix_of_very_many_classes_is_not_drawn():
 
 
 @pytest.mark.parametrize('classes', [2, 30, 1000])
-def test_confusion_matrix_is_drawn_for_any_number_of_classes(classes, tmp_path):
+def test_confusion_matrix_is_drawn_for_few_and_many_classes(classes, tmp_path):
   count = np.random.RandomState(0).randint(1, 9, (classes, classes))
   names = [f'$x$ {i} ' + 'long ' * 9 for i in range(classes)]
   figure = charts.draw_confusion(count, charts.class_accuracy(count), names)

@@ -163,8 +163,8 @@ def load_validation(experiment: Experiment, workdir: pathlib.Path, step: int) ->
   Returns:
     The split, or None in these cases:
     - The run has no validation split, or did not store the names of its training files.
-    - The overrides name a different dataset or validation split than the run used. Or
-      the list of training files or their labels differ.
+    - The overrides name a different dataset or validation split than the run used.
+    - The training split has other files or labels than in the run.
     - The run used `sweep` to search for a learning rate. After the search, such a run also trains
       on the validation split, so these images are not held out.
   """

@@ -79,8 +79,8 @@ def choose_attention(
     )
   if asked != 'auto' or model.attention_dropout:
     return exp
-  sizes = [size for *_, size in exp.objective.sequences(exp)]
-  if all(flash_obstacle(target(mesh), model.dtype, size) for size in sizes):
+  can_try = lambda head_size: not flash_obstacle(target(mesh), model.dtype, head_size)
+  if not any(can_try(size) for *_, size in exp.objective.sequences(exp)):
     return exp
   choice = earlier
   if choice not in ('cudnn', 'plain'):
@@ -91,7 +91,7 @@ def choose_attention(
     )
     stages = itertools.product((size for _, size in training.stages), reversed(exp.patch_sizes))
     shapes = [shape for both in stages for shape in attention_shapes(smaller.at(*both), mesh)]
-    shapes = [x for x in shapes if not flash_obstacle(target(mesh), model.dtype, x[-1])]
+    shapes = [shape for shape in shapes if can_try(shape[-1])]
     choice = from_first(lambda: decide(shapes, model.dtype, exp.config.deterministic))
   return dataclasses.replace(exp, model=model.clone(attention=choice))
 
