@@ -91,7 +91,7 @@ def measure(config, examples: int, rounds: int) -> dict:
     once = Examples(many.image_NHWC[:1], many.label_N[:1])
     features.compute_features(step, params, once, config.eval_batch_size, mesh)  # compiles the step
     cost = seconds(
-      lambda: features.cached_features(exp, step, params, many, mesh, folder).image_NHWC
+      lambda: features.cached_features(exp, step, params, many, mesh, folder).feature_ND
     )
     on_features = probe.on_features(exp, training, mesh, folder)
   epochs = {

@@ -785,7 +785,7 @@ def test_features_and_pictures_skip_bad_images(photos, tmp_path):
   ):
     assert len(examples) == 19
     np.testing.assert_array_equal(same_.label_N, examples.label_N)
-    np.testing.assert_allclose(same_.image_NHWC, examples.image_NHWC, atol=1e-6)
+    np.testing.assert_allclose(same_.feature_ND, examples.feature_ND, atol=1e-6)
     np.testing.assert_array_equal(same_scores.label_N, examples.label_N)
     np.testing.assert_array_equal(same_scores.predicted_N, scores.predicted_N)
   shown = training.test.some(same_scores.index_N)

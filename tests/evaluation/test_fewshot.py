@@ -11,7 +11,7 @@ from sklearn import linear_model
 
 from tests.conftest import run_model
 from vit_jax import cli, evaluation, opening
-from vit_jax.data import Examples, sources, stream
+from vit_jax.data import Examples, Features, sources, stream
 from vit_jax.distributed import devices
 from vit_jax.evaluation import features, few_shot
 
@@ -73,7 +73,7 @@ def test_the_accuracy_equals_a_ridge_regression():
 
   label, train = make([400, 300, 300, 200, 200])  # uneven, so that the bias matters
   test_label, test = make([200] * 5)
-  known, tested = Examples(train, label), Examples(test, test_label)
+  known, tested = Features(train, label), Features(test, test_label)
   got = few_shot.classifier_accuracy('ridge', known, tested, 5)
   assert got == reference(train.astype(float), label, test.astype(float), test_label)
   assert 0.3 < got < 0.95  # better than chance, but not trivial
@@ -93,7 +93,7 @@ def test_features_are_the_input_of_the_head(opened):
     step, params, test, 33, mesh
   )  # a batch size that fits neither 70 examples nor 2 devices
   np.testing.assert_array_equal(found.label_N, test.label_N)
-  feature_ND = found.image_NHWC
+  feature_ND = found.feature_ND
   assert feature_ND.shape == (70, 16) and feature_ND.dtype == np.float32
   logits = run_model(exp.model, params, exp.normalize(test.image_NHWC))
   head = params['head']

@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from tests.conftest import small_config
-from vit_jax.data import Examples
+from vit_jax.data import Examples, Features
 from vit_jax.evaluation import Scores
 from vit_jax.experiment import assemble
 from vit_jax.figures import canvas, neighbours, subject
@@ -26,7 +26,7 @@ def make(count, seed):
 def pixels_as_features(monkeypatch):
   def compute(step, params, examples, *_):
     feature = examples.image_NHWC.reshape(len(examples), -1).astype(np.float32) - 100
-    return Examples(feature, examples.label_N)
+    return Features(feature, examples.label_N)
 
   monkeypatch.setattr(neighbours, 'make_feature_step', lambda *_: None)
   monkeypatch.setattr(neighbours, 'compute_features', compute)

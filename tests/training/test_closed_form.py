@@ -13,7 +13,7 @@ from tests.conftest import call, error, run_model, small_config
 import vit_jax
 from vit_jax import evaluation, inherit, opening
 from vit_jax.check import check
-from vit_jax.data import Examples, open_source
+from vit_jax.data import Features, open_source
 from vit_jax.inference import exporting
 from vit_jax.training import closed_form, train
 
@@ -162,7 +162,7 @@ def test_a_head_for_other_classes_and_layers_after_the_pool(extra, tmp_path):
 
 def test_skipped_images_leave_padding_in_a_knn_head(monkeypatch):
   feature_ND = np.random.RandomState(0).normal(size=(7, 4)).astype(np.float32)
-  found = Examples(feature_ND, np.arange(7, dtype=np.int32) % 3)
+  found = Features(feature_ND, np.arange(7, dtype=np.int32) % 3)
   monkeypatch.setattr(closed_form, 'make_feature_step', lambda *_: None)
   monkeypatch.setattr(closed_form, 'replicate', lambda *_: None)
   monkeypatch.setattr(closed_form, 'compute_features', lambda *_: found)

@@ -216,7 +216,7 @@ def test_cached_features_are_reused_only_for_the_same_inputs(tmp_path, counted):
   def cached(exp=exp, params=params, examples=examples):
     before = len(counted)
     out = features.cached_features(exp, step, params, examples, mesh, tmp_path)
-    return out.image_NHWC, len(counted) - before
+    return out.feature_ND, len(counted) - before
 
   first, new = cached()
   assert new == 1 and first.shape == (256, 16)

@@ -14,7 +14,7 @@ from vit_jax.data.image import (
   save_png,
 )
 from vit_jax.data.loading import Reading, decide_cache, differs, open_split, report_split
-from vit_jax.data.memory import Examples, check_memory, common_size
+from vit_jax.data.memory import Examples, Features, check_memory, common_size
 from vit_jax.data.source import (
   Source,
   first_size,
@@ -33,6 +33,7 @@ __all__ = [
   'SOURCES',
   'BadImage',
   'Examples',
+  'Features',
   'Files',
   'Fit',
   'Plan',

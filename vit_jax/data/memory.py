@@ -10,6 +10,7 @@ Decisions:
   * Each image is decoded into its row of the final array, so the split is never in memory twice.
 """
 
+import abc
 from collections.abc import Iterator, Sequence
 import concurrent.futures
 import dataclasses
@@ -17,7 +18,7 @@ import itertools
 import math
 import os
 import socket
-from typing import NoReturn
+from typing import NoReturn, Self
 
 import jax
 import numpy as np
@@ -32,8 +33,37 @@ from vit_jax.distributed import from_all, gather
 from vit_jax.names import SHOWN
 
 
+class InMemory(abc.ABC):
+  """A split in memory: the common part of `Examples` and `Features`."""
+
+  label_N: np.ndarray
+
+  @abc.abstractmethod
+  def arrays(self) -> dict[str, np.ndarray]:
+    """Returns the arrays with one row per example, by their names in a batch."""
+
+  def __len__(self) -> int:
+    return len(self.label_N)
+
+  def batches(
+    self, plan: Plan, over_batch: jax.sharding.Sharding
+  ) -> Iterator[dict[str, jax.Array]]:
+    """Yields the batches of a `Plan`, as dicts of global arrays with the names of `arrays`."""
+    for step in plan.steps:
+      index_B = plan.examples(plan.positions(step))
+      yield {name: gather(array, index_B, over_batch) for name, array in self.arrays().items()}
+
+  def some(self, index_N: Sequence[int]) -> Self:
+    """Returns the examples at these indices."""
+    return type(self)(*(array[index_N] for array in self.arrays().values()))
+
+  def joined(self, other: Self) -> Self:
+    """Returns these examples, followed by the examples of `other`."""
+    return type(self)(*map(np.concatenate, zip(self.arrays().values(), other.arrays().values())))
+
+
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class Examples(InMemory):
   """The decoded images and the labels of a split, in memory.
 
   Attributes:
@@ -46,44 +76,38 @@ class Examples:
   label_N: np.ndarray
   skipped: tuple[str, ...] = ()
 
-  def __len__(self) -> int:
-    return len(self.label_N)
+  def arrays(self) -> dict[str, np.ndarray]:
+    return {'image': self.image_NHWC, 'label': self.label_N}
 
   @property
   def size(self) -> tuple[int, int]:
     """Height and width of the images."""
     return self.image_NHWC.shape[1:3]
 
-  def batches(
-    self, plan: Plan, over_batch: jax.sharding.Sharding
-  ) -> Iterator[dict[str, jax.Array]]:
-    """Yields the batches of a `Plan`, as dicts of the global arrays `image` and `label`."""
-    for step in plan.steps:
-      index_B = plan.examples(plan.positions(step))
-      yield {
-        'image': gather(self.image_NHWC, index_B, over_batch),
-        'label': gather(self.label_N, index_B, over_batch),
-      }
-
-  def some(self, index_N: Sequence[int]) -> 'Examples':
-    """Returns the examples at these indices."""
-    return Examples(self.image_NHWC[index_N], self.label_N[index_N])
-
   def readable(self, index_N: Sequence[int]) -> np.ndarray:
     """Returns True for each index, because all images in memory are decoded: bool `[N]`."""
     return np.ones(len(index_N), bool)
-
-  def joined(self, other: 'Examples') -> 'Examples':
-    """Returns these examples, followed by the examples of `other`."""
-    return Examples(
-      np.concatenate([self.image_NHWC, other.image_NHWC]),
-      np.concatenate([self.label_N, other.label_N]),
-    )
 
   def content(self) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the arrays with images and labels, as (name, array) pairs, for a checksum."""
     yield 'images', self.image_NHWC
     yield 'labels', self.label_N
+
+
+@dataclasses.dataclass(frozen=True)
+class Features(InMemory):
+  """The features that a backbone computed for a split, and the labels, in memory.
+
+  Attributes:
+    feature_ND: features, float32.
+    label_N: class indices, int32, or multi-hot labels, uint8 `[N, L]`.
+  """
+
+  feature_ND: np.ndarray
+  label_N: np.ndarray
+
+  def arrays(self) -> dict[str, np.ndarray]:
+    return {'feature': self.feature_ND, 'label': self.label_N}
 
 
 @limits.memory_for('Reading images')

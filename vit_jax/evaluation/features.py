@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import limits, progress
-from vit_jax.data import Examples, Split, eval_batches
+from vit_jax.data import Features, Split, eval_batches
 from vit_jax.distributed import (
   batch_sharding,
   concatenate,
@@ -72,7 +72,7 @@ def compute_features(
   examples: Split,
   batch_size: int,
   mesh: jax.sharding.Mesh,
-) -> Examples:
+) -> Features:
   """Computes the features of all examples of a split, in order.
 
   Args:
@@ -83,8 +83,7 @@ def compute_features(
     mesh: the devices.
 
   Returns:
-    An `Examples` with the labels. Its field `image_NHWC` contains features, float32 `[N, D]`,
-    instead of images. Bad images are skipped, so they have no row.
+    The features with the labels. Bad images are skipped, so they have no row.
   """
   batches = eval_batches(examples, batch_size, batch_sharding(mesh))
   count = math.ceil(len(examples) / batch_size)
@@ -94,7 +93,7 @@ def compute_features(
     arrays = feature_step(batch, params), batch['label'], batch['mask']
     feature_BD, label_B, mask_B = to_host(arrays)
     found.append((feature_BD[mask_B > 0], label_B[mask_B > 0]))
-  return Examples(*map(np.concatenate, zip(*found)))
+  return Features(*map(np.concatenate, zip(*found)))
 
 
 def cached_features(
@@ -104,7 +103,7 @@ def cached_features(
   examples: Split,
   mesh: jax.sharding.Mesh,
   folder: pathlib.Path,
-) -> Examples:
+) -> Features:
   """Returns the features of a split; computes them only if the cache does not contain them.
 
   Args:
@@ -118,11 +117,11 @@ def cached_features(
   path = folder / f'{key(exp, params, examples)}.npz'
   if (arrays := from_first(lambda: read_cache(path))) is not None:
     log.info('Read the features of %d examples from %s', len(arrays['label_N']), path)
-    return Examples(arrays['feature_ND'], arrays['label_N'])
+    return Features(arrays['feature_ND'], arrays['label_N'])
   log.info('Computing the features of %d examples ...', len(examples))
   found = compute_features(feature_step, params, examples, exp.config.eval_batch_size, mesh)
   if is_first():
-    write_arrays(path, {'feature_ND': found.image_NHWC, 'label_N': found.label_N})
+    write_arrays(path, {'feature_ND': found.feature_ND, 'label_N': found.label_N})
   return found
 
 

@@ -15,7 +15,7 @@ import logging
 import numpy as np
 
 from vit_jax import opening, storage
-from vit_jax.data import Examples, Split, overlap
+from vit_jax.data import Features, Split, overlap
 from vit_jax.distributed import inference_mesh, replicate
 from vit_jax.evaluation import data, features
 from vit_jax.experiment import Experiment
@@ -110,18 +110,18 @@ def in_parts(index_N: np.ndarray) -> list[np.ndarray]:
   return [index_N[i : i + PART] for i in range(0, len(index_N), PART)]
 
 
-def classifier_accuracy(classifier: str, known: Examples, tested: Examples, classes: int) -> float:
+def classifier_accuracy(classifier: str, known: Features, tested: Features, classes: int) -> float:
   """Fits a classifier to training features, and returns its accuracy on test features, 0 to 1.
 
   Args:
     classifier: one of `CLASSIFIERS`.
-    known: training examples, with features instead of images, from `compute_features`.
-    tested: test examples, with features instead of images.
+    known: features of training images.
+    tested: features of test images.
     classes: number of classes.
   """
   entry = CLASSIFIERS[classifier]
-  head = entry.fit(known.image_NHWC, known.label_N, classes)
-  score_ML = entry.scores(tested.image_NHWC, head, classes)
+  head = entry.fit(known.feature_ND, known.label_N, classes)
+  score_ML = entry.scores(tested.feature_ND, head, classes)
   return float((score_ML.argmax(axis=1) == tested.label_N).mean())
 
 

@@ -104,5 +104,5 @@ def compute_logits(
   step, params = make_feature_step(of_teacher, mesh), replicate(mesh, teacher.params)
   features = cached_features(of_teacher, step, params, examples, mesh, folder)
   head = jax.jit(functools.partial(head_logits, teacher.model, teacher.params['head']))
-  parts = (features.image_NHWC[i : i + ROWS] for i in range(0, len(features), ROWS))
+  parts = (features.feature_ND[i : i + ROWS] for i in range(0, len(features), ROWS))
   return np.concatenate([np.asarray(head(part_BD)) for part_BD in parts])

@@ -63,7 +63,7 @@ def find_neighbours(
     Missing: none of the training images can be read.
   """
   step, size = make_feature_step(exp, mesh), exp.config.eval_batch_size
-  found = lambda examples: compute_features(step, params, examples, size, mesh).image_NHWC
+  found = lambda examples: compute_features(step, params, examples, size, mesh).feature_ND
   test_RD, index_N = np.asarray(unit(found(test))), canvas.evenly(len(train), AMONG)
   images, labels, similarities, among = [], [], [], 0
   for start in range(0, len(index_N), PART):

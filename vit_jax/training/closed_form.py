@@ -97,7 +97,7 @@ def with_head(
     size = exp.config.eval_batch_size
     found = compute_features(step, params, training.train, size, mesh)
     classes = len(exp.task.class_names)  # hosts round differently, so process 0 computes the head
-    head = from_first(lambda: classifier.fit(found.image_NHWC, found.label_N, classes))
+    head = from_first(lambda: classifier.fit(found.feature_ND, found.label_N, classes))
     if classifier.stores:  # unreadable images were skipped; padding rows replace them
       missing = count - len(found)
       pad = lambda x: np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)], constant_values=-1)

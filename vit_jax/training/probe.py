@@ -46,19 +46,19 @@ FEW = 50
 
 
 class OnFeatures(Experiment):
-  """An experiment whose batches contain features `[B, D]` instead of images."""
+  """An experiment whose batches contain features (`feature`, `[B, D]`) instead of images."""
 
   @property
   def sees_images(self) -> bool:
     return False
 
   def logits(self, params: dict, batch: dict, key: jax.Array | None = None) -> jax.Array:
-    """Returns the head's logits `[B, L]` for the features in `batch['image']`.
+    """Returns the head's logits `[B, L]` for the features in `batch['feature']`.
 
     `key` is ignored, because a head has no dropout.
     """
     head = Dense((len(self.task.class_names),))
-    return head.apply({'params': params['head']}, batch['image'])
+    return head.apply({'params': params['head']}, batch['feature'])
 
   def micro_batches(self, mesh: jax.sharding.Mesh, batch_size: int, backward: bool = False) -> int:
     """Returns 1: training only a head needs so little memory that no batch is split."""
@@ -87,7 +87,8 @@ def train_head(
   record(of_all(exp, training) if config.sweep else exp, workdir, images)
   if config.sweep:
     points = sweep(exp, training, mesh, workdir)
-    best = max((point for point in points if score_of(point) is not None), key=score_of)
+    measure = measure_of(exp)
+    best = max((p for p in points if p[measure] is not None), key=lambda p: p[measure])
     log.info('Training the final head at the best learning rate, %s.', short(best['lr']))
     exp, training = on_all(exp, training, best['lr'])
     notes = {'sweep': points, 'lr': best['lr']}
@@ -141,9 +142,8 @@ def sweep(
   trained, and the accuracies in `sweep.json` are returned.
 
   Returns:
-    `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`. The accuracy is None
-    if training diverged. If images can have several labels, `val_accuracy` is replaced by
-    `val_mean_average_precision`.
+    `[{'lr': ..., 'val_accuracy': ...}, ...]` in the order of `config.sweep`, with the name of the
+    score from `measure_of`. The score is None if training diverged.
 
   Raises:
     FloatingPointError: training diverged at all rates.
@@ -158,8 +158,7 @@ def sweep(
       'Learning rates are compared on only %d validation images: choose a larger data.val_split.',
       len(training.val),
     )
-  points, origin = [], measured_on(exp, training)
-  measure = f'val_{"mean_average_precision" if exp.task.multi_label else "accuracy"}'
+  points, origin, measure = [], measured_on(exp, training), measure_of(exp)
   with Preemption() as preemption:
     for rate in exp.config.sweep:
       log.info('Training a head at learning rate %s.', short(rate))
@@ -171,7 +170,7 @@ def sweep(
       points.append({'lr': rate, measure: score})
       if preemption.is_due():  # the signal came after this head's last step
         raise Preempted(f'A signal stopped the sweep after it tried learning rate {rate:g}.')
-  if all(score_of(point) is None for point in points):
+  if all(point[measure] is None for point in points):
     raise FloatingPointError(
       f'Training diverged at every learning rate of sweep={exp.config.sweep}: try smaller rates.'
     )
@@ -185,9 +184,9 @@ def sweep(
   return points
 
 
-def score_of(point: dict) -> float | None:
-  """Returns the validation score of an entry of `sweep.json`; None if training diverged."""
-  return next(value for name, value in point.items() if name != 'lr')
+def measure_of(exp: Experiment) -> str:
+  """Returns the name of the score by which a sweep compares learning rates."""
+  return f'val_{"mean_average_precision" if exp.task.multi_label else "accuracy"}'
 
 
 def short(rate: float) -> str:
@@ -203,11 +202,10 @@ def score_rate(
   rate: float,
   origin: dict[str, str],
 ) -> float:
-  """Trains a head at one learning rate, and returns the validation accuracy.
+  """Trains a head at one learning rate, and returns its validation score.
 
-  If images can have several labels, returns the mean average precision instead. If the folder holds
-  a finished head for the same backbone, no head is trained, and the saved score of that head is
-  returned.
+  If the folder holds a finished head for the same backbone, no head is trained, and the saved score
+  of that head is returned.
 
   Args:
     exp: experiment of the sweep.
@@ -248,7 +246,7 @@ def score_rate(
       result = fit(exp, plan, mesh, folder, **origin)
   # Only the score is needed later. Keeping checkpoints with the backbone would fill the disk.
   from_first(lambda: discard(folder / 'checkpoints'))
-  return result.get('val_mean_average_precision', result['val_accuracy'])
+  return result[measure_of(exp)]
 
 
 def measured_on(exp: Experiment, training: Training) -> dict[str, str]:

@@ -36,8 +36,8 @@ def loss_fn(
   batch. So the losses of all micro-batches add up to the mean loss of the batch.
 
   Args:
-    batch: micro-batch with `image` (uint8 `[B, H, W, C]`), `label` (`[B]`, or multi-hot `[B, L]`)
-      and `example` (`[B]`, positions of the images in the whole batch).
+    batch: micro-batch with `image` (uint8 `[B, H, W, C]`) or `feature` (`[B, D]`), `label` (`[B]`,
+      or multi-hot `[B, L]`) and `example` (`[B]`, positions of the images in the whole batch).
     trained: parameters that get a gradient.
     frozen: all other parameters. If the step runs a teacher, the key `teacher` has the parameters
       of the teacher.
@@ -47,11 +47,12 @@ def loss_fn(
     exp: experiment to train.
   """
   image_key, own_key = jax.random.split(key)
-  with jax.named_scope('augment'):
-    image_BHWC, own_B = exp.augment_and_mix(
-      image_key, batch['example'], batch['image'], early=early
-    )
-  batch = batch | {'image': image_BHWC, 'own': own_B}
+  if exp.sees_images:
+    with jax.named_scope('augment'):
+      image_BHWC, own_B = exp.augment_and_mix(
+        image_key, batch['example'], batch['image'], early=early
+      )
+    batch = batch | {'image': image_BHWC, 'own': own_B}
   loss_B, logits_BL = exp.objective.loss(exp, trained | frozen, batch, own_key)
   score = training_score(logits_BL, batch['label'], loss_B)
   return loss_B.sum() / exp.config.batch_size, score
@@ -70,9 +71,9 @@ def train_step(
 
   Args:
     state: state before the step.
-    batch: `image` (uint8 `[B, H, W, C]`, or features `[B, D]`) and `label`. Two keys are optional.
-      `bad` (int32 `[B]`) has, for each row, the number of bad images that were skipped to find a
-      good image. `teacher` (`[B, L]`) has the teacher's logits if they were computed before
+    batch: `image` (uint8 `[B, H, W, C]`) or `feature` (`[B, D]`), and `label`. Two keys are
+      optional. `bad` (int32 `[B]`) has, for each row, the number of bad images that were skipped to
+      find a good image. `teacher` (`[B, L]`) has the teacher's logits if they were computed before
       training.
     teacher: parameters of the teacher; None if no step runs a teacher.
     exp: experiment to train.
