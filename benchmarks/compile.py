@@ -36,7 +36,7 @@ from unittest import mock
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
@@ -202,7 +202,7 @@ def arrange(config: ConfigDict, devices: np.ndarray) -> Mesh:
   sizes = devices_lib.axis_sizes(dict(config.mesh), devices.size)
   if not sizes:
     raise ValueError(f'{devices.size} devices cannot form the mesh {dict(config.mesh)}.')
-  return Mesh(devices.reshape(sizes), devices_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+  return devices_lib.mesh_of(sizes, list(devices))
 
 
 def flops(compiled: jax.stages.Compiled) -> float:

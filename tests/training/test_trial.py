@@ -3,6 +3,7 @@
 The stand-in runs on a CPU: it is XLA's attention, or a broken or slow version of it.
 """
 
+import re
 import time
 import types
 
@@ -12,10 +13,12 @@ import pytest
 
 from tests.conftest import small_config
 from vit_jax.distributed import Target, compiled_for, make_mesh
+from vit_jax.experiment import assemble
 from vit_jax.inference import summary
-from vit_jax.model import plain
+from vit_jax.model import attention, plain
 from vit_jax.optim import Training, training_recipe
 from vit_jax.training import compiling, trial
+from vit_jax.workdir import Task
 
 HOPPER = Target('cuda', 9.0)
 MASKED = {
@@ -79,7 +82,7 @@ def test_the_faster_of_two_correct_kernels_is_used(cudnn, seconds, choice):
 def test_an_incorrect_kernel_is_not_used(cudnn, error, caplog):
   cudnn(scaled(error))
   assert choose().model.attention == 'plain'
-  assert 'cuDNN computes attention incorrectly here (output' in caplog.text
+  assert 'cuDNN does not compute attention correctly here (output' in caplog.text
 
 
 def test_a_kernel_with_an_incorrect_gradient_is_not_used(cudnn, caplog):
@@ -105,6 +108,36 @@ def test_a_correct_kernel_is_used_although_plain_is_not_accurate(cudnn):
   assert 'large logits' in trial.first_difference(shape, jnp.bfloat16)
   cudnn(exact)
   assert trial.first_difference(shape, jnp.bfloat16) == ''
+
+
+@pytest.mark.parametrize('error', [
+    jax.errors.JaxRuntimeError('INTERNAL: No valid engine configs\nfor a graph'),
+    RuntimeError('cuDNN is not detected.'),
+    NotImplementedError('head size'),
+])  # fmt: skip
+def test_a_kernel_that_raises_an_error_is_not_used(cudnn, error, caplog):
+  def kernel(*_):
+    raise error
+
+  cudnn(kernel)
+  assert choose().model.attention == 'plain'
+  assert re.search(r'here \(shape [\dx]+: .*(engine configs|detected\.|head size)\)\.', caplog.text)
+
+
+def test_lack_of_memory_is_no_fault_of_the_kernel(cudnn):
+  def kernel(*_):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+
+  cudnn(kernel)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='RESOURCE_EXHAUSTED'):
+    choose()
+
+
+@pytest.mark.parametrize('adapt', ['', 'lora'])
+def test_a_model_is_checked_without_cudnn(monkeypatch, adapt):
+  monkeypatch.setattr(attention, 'flash', None)
+  with compiled_for(HOPPER):
+    assemble(small_config(**GPU | {'adapt': adapt}), Task(('a', 'b'), (8, 8), 3))
 
 
 @pytest.mark.slow

@@ -4,18 +4,20 @@ Decisions:
   * The mesh axes are `data` (data parallelism), `fsdp` (fully sharded data parallelism) and
     `tensor` (tensor parallelism). A batch is split over `data` and `fsdp`. Parameters, and arrays
     with the shapes of parameters, are split over `fsdp` and `tensor`.
-  * The axes have the type Auto. `jax.make_mesh` makes Explicit axes by default, but modules of Flax
-    linen fail on a batch that is sharded over Explicit axes.
+  * The axes have the type Auto, because modules of Flax linen fail on a batch that is sharded over
+    Explicit axes.
   * On a CPU, each core is a device if the batch is large enough (`microbatch.py` explains why).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import logging
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+import numpy as np
 
 from vit_jax.distributed import cluster
 
@@ -173,10 +175,42 @@ def inference_mesh(batch_size: int) -> Mesh:
   return mesh_of((worth(count, batch_size) if limited else count, 1, 1))
 
 
-def mesh_of(sizes: tuple[int, ...]) -> Mesh:
-  """Returns a mesh with these sizes along `AXES`, made of the first devices in `jax.devices()`."""
-  devices = jax.devices()[: math.prod(sizes)]
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+def mesh_of(sizes: tuple[int, ...], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with these sizes along `AXES`, made of the first of `devices`.
+
+  By default, `devices` are JAX's devices.
+
+  Raises:
+    ValueError: the devices belong to several TPU slices, which cannot form such a mesh.
+  """
+  devices = (jax.devices() if devices is None else devices)[: math.prod(sizes)]
+  return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Returns an array of devices with the shape `sizes`, in which neighbours are close in hardware.
+
+  `jax.make_mesh` does not accept GPUs of several hosts, several TPU slices, or many shapes of
+  meshes on a three-dimensional TPU slice.
+
+  Raises:
+    ValueError: the number of TPU slices does not divide the size of the axis `data`.
+  """
+  tpu = devices[0].platform == 'tpu'
+  slices = len({getattr(device, 'slice_index', 0) for device in devices}) if tpu else 1
+  if slices == 1:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  data, fsdp, tensor = sizes
+  if data % slices:
+    raise ValueError(
+      f'A mesh with data={data}, fsdp={fsdp} and tensor={tensor} cannot be made of {slices} TPU '
+      'slices, because fsdp and tensor use only connections inside a slice. Choose a mesh.data '
+      f'that is a multiple of {slices}.'
+    )
+  within = data // slices, fsdp, tensor
+  return mesh_utils.create_hybrid_device_mesh(
+    within, (slices, 1, 1), devices, allow_split_physical_axes=True
+  )
 
 
 def axis_sizes(shape: Mapping[str, int], count: int) -> tuple[int, ...] | None:
