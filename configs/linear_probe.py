@@ -1,7 +1,7 @@
 """Trains a linear classifier on a frozen backbone: `<model>,<dataset>`, as in `finetune.py`.
 
-    python main.py --config=configs/linear_probe.py:b16,cifar10 --config.init=ViT-B_16.npz \\
-        --workdir=runs/b16_c10_probe
+        python main.py --config=configs/linear_probe.py:b16,cifar10 \\
+        --config.init=google/vit-base-patch16-224-in21k --workdir=runs/b16_c10_probe
 
 We have measured only `tiny`, with a head trained on CIFAR-10. The test accuracy was 62.2% with a
 backbone trained on Tiny-ImageNet (10 epochs, results/transfer.json). With a backbone that was
