@@ -228,13 +228,32 @@ def test_test_folder_without_labels_is_refused_with_a_remedy(tmp_path):
 
 
 def test_folder_without_held_out_images_is_refused(tmp_path):
-  touch(tmp_path, ['a/a0.jpg', 'b/a0.jpg'])
+  touch(tmp_path, ['a/a0.jpg', 'b/b1.jpg'])
   with pytest.raises(ValueError, match='no test images.*Add images, or divide them'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
   held_out = next(f'{i}.jpg' for i in range(99) if folder_lib.hash_name(f'{i}.jpg') / 2**64 < 0.2)
   touch(tmp_path, [f'c/{held_out}'])
   with pytest.raises(ValueError, match='all images of class c are held out'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
+
+
+@pytest.mark.parametrize('kind', ['folder', 'images', 'labels'])
+def test_names_that_classes_share_are_the_reason_of_an_uneven_split(tmp_path, kind):
+  """Of the names 00000.png to 00029.png, the hash holds out only 00023.png."""
+
+  def opened(count):
+    names = [f'{c}/{i:05}.png' for i in range(count) for c in 'ab']
+    touch(tmp_path / 'photos', names)
+    table = '\n'.join(['path,label', *(f'{name},{name[0]}' for name in names)])
+    (tmp_path / 'photos' / 'all.csv').write_text(table)
+    path = tmp_path / 'photos' / ('all.csv' if kind == 'labels' else '')
+    return sources.open_source(f'{kind}:{path}', '', (4, 4))
+
+  with pytest.raises(ValueError, match='(no test images|split .test.).* 20 different names.*Give'):
+    opened(20)
+  assert [w for w in opened(30).warnings if 'holds out 3% of the images' in w and ' 30 diff' in w]
+  touch(tmp_path / 'photos', [f'{c}/{c}{i}.png' for i in range(300) for c in 'ab'])
+  assert kind == 'labels' or not [w for w in opened(30).warnings if 'holds out' in w]
 
 
 def test_fingerprint_depends_on_names_and_labels_of_the_training_split(tmp_path):
@@ -516,7 +535,7 @@ def test_files_other_than_images_are_counted_in_a_warning(tmp_path):
 
 
 def test_images_outside_of_class_folders_are_named_in_warnings(tmp_path):
-  touch(tmp_path, [f'{c}/{i}.jpg' for c in 'ab' for i in range(20)] + ['1.jpg', '2.jpg'])
+  touch(tmp_path, [f'{c}/{c}{i}.jpg' for c in 'ab' for i in range(20)] + ['1.jpg', '2.jpg'])
   (warning,) = sources.open_source(f'folder:{tmp_path}', '', (4, 4)).warnings
   assert warning.startswith(f'{tmp_path}: images not used: 1.jpg, 2.jpg. ')
   used = [f'{split}/{c}/0.jpg' for split in ('train', 'test') for c in 'ab']

@@ -24,11 +24,11 @@ import numpy as np
 from vit_jax import bucket, progress
 from vit_jax.data import image as image_lib
 from vit_jax.data.label_rows import label_text
-from vit_jax.data.splits import TEST_NAMES, hash_name, position, split_like
+from vit_jax.data.splits import TEST_NAMES, hash_name, position, repeated_names, split_like
 from vit_jax.names import abridged, choose
 
 HELD_OUT = 0.2  # fraction of the files that are held out for testing if there is no test folder
-MORE = 'Add images, or divide them into train/<class>/ and test/<class>/.'
+MORE = '{}, or divide them into train/<class>/ and test/<class>/.'
 NO_LABELS = (
   'If the images in {name}/ have no labels, rename this folder. Then another folder '
   f'({", ".join(TEST_NAMES[1:])}) or a part of the training images is used for testing.'
@@ -157,18 +157,18 @@ def check_classes(
       f'{root}: no images for class {abridged(absent)} (looked for '
       f'{", ".join(image_lib.EXTENSIONS)}). Add images, or remove the folder.'
     )
+  more = MORE.format(repeated_names(listed.hash_N) or 'Add images')
   if absent := without(class_names, files['train']):
     raise ValueError(
       f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
-      f'file name selects {HELD_OUT:.0%} of the files on average, sometimes all in a class. {MORE}'
+      f'file name selects {HELD_OUT:.0%} of the files on average, sometimes all in a class. {more}'
     )
-  if not len(files['test']):
-    top = files['test'].top
-    if files['test'].span == (0.0, 1.0):  # `top` is a test folder
-      how = f'Test images must be in {top}/<class>/. {NO_LABELS.format(name=top.name)}'
+  if not len(test := files['test']):
+    if test.span == (0.0, 1.0):  # `test.top` is a test folder
+      how = f'Test images must be in {test.top}/<class>/. {NO_LABELS.format(name=test.top.name)}'
     else:
-      how = f'A hash of the file name selects {HELD_OUT:.0%} of the files on average. {MORE}'
-    raise ValueError(f'{top}: no test images. {how}')
+      how = f'A hash of the file name selects {HELD_OUT:.0%} of the files on average. {more}'
+    raise ValueError(f'{test.top}: no test images. {how}')
 
 
 def warnings(

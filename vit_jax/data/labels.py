@@ -28,7 +28,7 @@ from vit_jax import progress
 from vit_jax.bucket import is_remote
 from vit_jax.data.folder import HELD_OUT, Files, Folder, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
-from vit_jax.data.splits import TEST_NAMES, hash_name
+from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names
 from vit_jax.names import abridged
 
 
@@ -173,6 +173,8 @@ def check_splits(
       f' A hash of the path selects about {HELD_OUT:.0%} of the images for testing. If there are '
       'only a few images, the hash can select all of them or none.'
     )
+    if repeated := repeated_names(np.concatenate([part.hash_N for part in files.values()])):
+      reason += f' {repeated}.'
     remedy = ", or add a column 'split' with the values train and test"
   if absent:
     raise ValueError(

@@ -1,6 +1,7 @@
 """Opens the dataset that the config key `data.source` names; `SOURCES` lists the valid kinds."""
 
 import collections
+from collections.abc import Iterator, Mapping
 import dataclasses
 import os
 import pathlib
@@ -14,7 +15,7 @@ from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS, only_images
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
-from vit_jax.data.splits import TEST_NAMES, hash_name
+from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names
 from vit_jax.names import choose
 
 
@@ -127,12 +128,14 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
   else:
     listed, share = list_tree(top if top.is_dir() else root, passed_over), folder_lib.HELD_OUT
     files = {'train': listed.within(share, 1.0), 'test': listed.within(0.0, share)}
+  more = repeated_names(np.concatenate([part.hash_N for part in files.values()])) or 'Add images'
   for split, part in files.items():
     if not len(part):
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
-        'images for testing. With few images, one of the splits can be empty. Add images.'
+        'images for testing. With few images, one of the splits can be empty. '
+        f'{more}.'
       )
   tops = {part.top for part in files.values()}
   unused = folder_lib.unused(root, tops, unread={root} - tops)
@@ -228,9 +231,22 @@ def source_of(found: folder_lib.Folder) -> Source:
     read,
     files['train'].fingerprint(),
     files,
-    warnings=found.warnings,
+    warnings=(*found.warnings, *uneven_split(files)),
     multi_label=files['train'].label_N.ndim == 2,
   )
+
+
+def uneven_split(files: Mapping[str, folder_lib.Files]) -> Iterator[str]:
+  """Yields a warning if shared file names make the part that a hash holds out small or large."""
+  train, test = files['train'], files['test']
+  share, wanted = len(test) / (len(test) + len(train)), folder_lib.HELD_OUT
+  even = wanted / 2 <= share <= 3 * wanted / 2
+  repeated = repeated_names(np.concatenate([train.hash_N, test.hash_N]))
+  if test.span != (0.0, 1.0) and not even and repeated:
+    yield (
+      f'{train.top}: a hash of the file names holds out {share:.0%} of the images as the split '
+      f"'test', instead of about {wanted:.0%}. {repeated}."
+    )
 
 
 def from_base(path: str, data_dir: str) -> pathlib.Path:

@@ -159,6 +159,18 @@ def position(hash_N: np.ndarray) -> np.ndarray:
   return (hash_N >> np.uint64(11)) * 2.0**-53
 
 
+def repeated_names(hash_N: np.ndarray) -> str:
+  """Returns a sentence with a remedy if many files have the same hash as others, else ''."""
+  count = len(np.unique(hash_N))
+  if count > 0.9 * len(hash_N):
+    return ''
+  return (
+    f'The {len(hash_N):,} images have only {count:,} different names, and images with the same '
+    'name are in the same split. Give images in different folders different names, such as '
+    'cat_001.jpg'
+  )
+
+
 def split_like(names: Sequence[str]) -> list[str]:
   """Returns the names of classes that are probably names of splits.
 
