@@ -412,6 +412,14 @@ def test_fit_covers_and_crops_the_centre():
   assert out.shape == (8, 8, 3) and (out == 200).all()
 
 
+def test_a_transparent_level_of_16_bit_grey_becomes_white():
+  level = np.array([[0, 257 * 7, 257 * 7 + 1], [65535, 257 * 9, 257 * 7]], np.uint16)
+  stream = io.BytesIO()
+  Image.fromarray(level).save(stream, format='PNG', transparency=257 * 7)
+  shown = np.asarray(image_lib.decode_image(stream.getvalue(), 'grey.png', channels=1))
+  assert shown.tolist() == [[0, 255, 7], [255, 9, 255]]
+
+
 def test_16_bit_grey_is_scaled_to_8_bits_exactly():
   grey, file = np.arange(256, dtype=np.uint16).reshape(16, 16), io.BytesIO()
   Image.fromarray(grey * 257).save(file, 'png')
@@ -478,6 +486,26 @@ def test_bad_images_raise_or_are_skipped(tmp_path):
   assert sorted(message.split(':')[0].rpartition('/')[2] for message in examples.skipped) == [
       'cut.png', 'empty.jpg',
   ]  # fmt: skip
+
+
+@pytest.mark.parametrize('failing, error', [
+    ((pathlib.Path, 'read_bytes'), OSError(errno.EMFILE, os.strerror(errno.EMFILE), 'a/0.png')),
+    ((pathlib.Path, 'read_bytes'), OSError(errno.EIO, os.strerror(errno.EIO), 'a/0.png')),
+    ((Image.Image, 'convert'), MemoryError()),
+    ((Image.Image, 'getexif'), MemoryError()),
+])  # fmt: skip
+def test_no_image_is_skipped_if_memory_or_files_run_out(tmp_path, monkeypatch, failing, error):
+  make_folder(tmp_path, ['train/a', 'train/b', 'test/a'], count=2)
+
+  def fail(*arguments, **named):
+    raise error
+
+  monkeypatch.setattr(*failing, fail)
+  with pytest.raises(type(error)) as caught:
+    load(tmp_path, skip_bad_images=True)
+  assert not isinstance(caught.value, image_lib.BadImage)
+  if isinstance(error, MemoryError):
+    assert str(caught.value).startswith('Reading images ran out of memory')
 
 
 def test_skipped_images_are_named_in_a_warning(caplog):

@@ -2,9 +2,8 @@
 
 Decisions:
   * Pillow decodes whole images. OpenCV decodes random crops of ordinary RGB JPEGs, and scales all
-    random crops. OpenCV is faster than Pillow (results/input.json), which matters because crops are
-    made again in every epoch. Pillow decodes crops of all other files. Pillow also reads the header
-    of each file that OpenCV decodes, so that the same files are accepted with and without crops.
+    random crops. OpenCV is faster (results/input.json), and crops are made again in every epoch.
+    Pillow reads the header of all files, so crops do not change which files are accepted.
 """
 
 import collections
@@ -88,6 +87,8 @@ def orientation_of(opened: Image.Image) -> int:
   try:
     orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in TURNS else 1
+  except MemoryError:
+    raise
   except Exception:  # Pillow raises many kinds of errors, although the pixels can be intact
     return 1
 
@@ -112,9 +113,11 @@ def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
-  """Context manager that converts every error into a `BadImage` for the file `name`."""
+  """Context manager that converts every error but MemoryError into a `BadImage` for `name`."""
   try:
     yield
+  except MemoryError:  # the file can be intact
+    raise
   except Exception as error:  # Pillow's decoders raise many kinds of errors
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:
@@ -137,8 +140,9 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
   if image.mode == 'F':
     raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
-    grey = np.asarray(image).astype(np.float32) / 257
-    image = Image.fromarray(np.clip(np.round(grey), 0, 255).astype(np.uint8))
+    level = np.asarray(image).astype(np.float32)
+    level[level == image.info.get('transparency')] = 65535  # the new image has no transparency
+    image = Image.fromarray(np.clip(np.round(level / 257), 0, 255).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -161,11 +165,8 @@ def fit_image(
     crop: fraction of height and width that a central crop keeps before scaling.
     stretch: True: scale height and width independently; False: crop to the aspect ratio of `size`.
   """
-  height, width = size
-  method = INTERPOLATIONS[interpolation]
-  if image.size == (width, height) and crop == 1:
-    pass
-  elif stretch:
+  method, (height, width) = INTERPOLATIONS[interpolation], size
+  if stretch:
     left, top = (n * (1 - crop) / 2 for n in image.size)
     box = left, top, image.width - left, image.height - top
     image = image.resize((width, height), method, box)
@@ -188,8 +189,7 @@ def random_part(
 
   Args:
     uniform_4: four random numbers in [0, 1) for area, aspect ratio, top edge and left edge.
-    height: height of the image.
-    width: width of the image.
+    height, width: size of the image, in pixels.
     min_area: smallest area, as a fraction of the image. The area is uniform in [`min_area`, 1).
     max_aspect: largest ratio of longer to shorter side; exceeded only if no such box fits.
   """
@@ -259,8 +259,8 @@ def scale_part(image_HWC: np.ndarray, box: Box, size: tuple[int, int]) -> np.nda
 
   The edges of the part are rounded to whole pixels. If height or width shrinks to less than half,
   each new pixel is the mean of the old pixels in its area. If both shrink less, the part is first
-  blurred, then interpolated linearly. The blur is chosen so that both steps together have the
-  variance of Pillow's bilinear filter. This filter is a triangle as wide as two new pixels.
+  blurred, then interpolated linearly. Both steps together have the variance of Pillow's bilinear
+  filter, a triangle as wide as two new pixels.
   """
   cv2 = opencv()
   left, top = (min(round(edge), n - 1) for edge, n in zip(box[:2], image_HWC.shape[1::-1]))

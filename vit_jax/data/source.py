@@ -11,6 +11,7 @@ Decisions:
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 import dataclasses
+import errno
 import pathlib
 import stat
 from typing import NoReturn
@@ -27,6 +28,8 @@ from vit_jax.data import splits
 # for each label.
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int | np.ndarray]
 
+# Errors of the machine or the file system. The file can be intact, so it must not be skipped.
+MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
 
 
@@ -209,6 +212,7 @@ def read_file(path: pathlib.Path) -> bytes:
 
   Raises:
     image.BadImage: the file cannot be read.
+    OSError: the reason is not the file, but the machine (`MACHINE`).
   """
   if is_remote(path):
     try:
@@ -220,6 +224,8 @@ def read_file(path: pathlib.Path) -> bytes:
       raise image_lib.BadImage(f'{path}: not a regular file.')
     return path.read_bytes()
   except OSError as error:
+    if error.errno in MACHINE:
+      raise
     raise image_lib.BadImage(f'{path}: {error.strerror}.') from error
 
 
