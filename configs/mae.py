@@ -22,6 +22,7 @@ The models for 224 pixels use the recipe of MAE (He et al. 2021, 2111.06377, Sec
 
 Choices of this project, not of the paper:
   * average pooling of the patch tokens; the paper finds it as good as a class token (Appendix A.1);
+  * random crops are resized with a filter close to bilinear; the paper's code uses bicubic;
   * patches of 14 pixels for `h14`; bfloat16 for the models at 224 pixels;
   * the whole recipe of `tiny` and `small`, including their decoder of 2 blocks;
   * for `folder`, a new run chooses batch size, epochs, warm-up and learning rate, as in

@@ -219,7 +219,8 @@ DATA = {
     kind=tuple,
   ),
   'data.interpolation': Key(
-    'bicubic', 'filter that resizes images to the input size', choices='INTERPOLATIONS'
+    'bicubic', 'filter that resizes images to the input size; random area crops of streamed images '
+    'are always resized with a filter close to bilinear', choices='INTERPOLATIONS',
   ),
   'data.crop': Key(
     1.0, 'side of the central crop, as a fraction of the shorter side of the image; with '
