@@ -225,6 +225,21 @@ def test_process_decodes_only_the_rows_of_its_own_devices():
   np.testing.assert_array_equal(sharding.local_rows(Other(), 8), np.arange(4, 8))
 
 
+def test_padding_of_an_evaluation_is_decoded_once():
+  fitted = []
+
+  def fit(image, size):
+    fitted.append(image)
+    return image_lib.fit_image(image, size)
+
+  over_batch = sharding.batch_sharding(devices.make_mesh(16))
+  stream = open_numbered(split='train[:5]', fit=fit)
+  (batch,) = batching.eval_batches(stream, 16, over_batch)
+  assert len(fitted) == 5
+  assert batch['image'][:, 0, 0, 0].tolist() == [0, 1, 2, 3] + 12 * [4]
+  assert batch['mask'].tolist() == 5 * [1] + 11 * [0]
+
+
 def test_every_epoch_holds_every_example_once():
   label = np.concatenate([b['label'] for b in take(open_numbered(), 3 * IDS, batch_size=5)])
   epochs = label[: len(label) // IDS * IDS].reshape(-1, IDS)

@@ -101,9 +101,8 @@ class Stream:
     found = grain.MapDataset.range(len(plan.steps) * len(parts))
     found = found.map(functools.partial(read_part, self, plan, parts))
     found = found.to_iter_dataset(grain.ReadOptions(self.threads, max(self.threads, each)))
-    found = found.mp_prefetch(
-      grain.MultiprocessingOptions(self.workers, each), worker_init_fn=end_with_parent
-    )
+    options = grain.MultiprocessingOptions(self.workers, each)
+    found = found.mp_prefetch(options, worker_init_fn=end_with_parent)
     found = found.batch(len(parts), batch_fn=join_parts)
     found = found.map(functools.partial(place_rows, row_N, plan.rows, over_batch))
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(found, prefetch_buffer_size=AHEAD))
@@ -190,9 +189,11 @@ class Stream:
       index_N: indices of the examples.
       uniform_N4: random numbers in [0, 1) for the crops (`image.random_part`); None: no crops.
     """
-    draws = itertools.repeat(None) if uniform_N4 is None else uniform_N4
+    row_N, draws = range(len(index_N)), uniform_N4
+    if draws is None:  # decode repeated examples, such as padding, only once
+      (index_N, row_N), draws = np.unique(index_N, return_inverse=True), itertools.repeat(None)
     rows = [self.good(*row) for row in zip(fetched(self.read(index_N)), index_N, draws)]
-    image, label, bad = zip(*rows)
+    image, label, bad = zip(*(rows[i] for i in row_N))
     found = {'image': self.stack(image), 'label': np.array(label, self.source.label_type)}
     return found | ({'bad': np.array(bad, np.int32)} if self.skip_bad_images else {})
 
@@ -206,7 +207,7 @@ class Stream:
     Raises:
       image.BadImage: the image is bad and `skip_bad_images` is False, or all images are bad.
     """
-    for bad in range(1, len(self) + 1):
+    for bad in itertools.count(1):
       try:
         return self.decode(example, uniform_4), example[2], bad - 1
       except image_lib.BadImage as error:
@@ -216,7 +217,6 @@ class Stream:
           raise
         warn(str(error))
         (example,) = self.read([(index + bad) % len(self)])
-    raise AssertionError('a split is never empty')
 
   def decode(self, example: Example, uniform_4: np.ndarray | None) -> np.ndarray:
     """Decodes an image, and crops it at random or, if `uniform_4` is None, scales it with `fit`.
