@@ -305,6 +305,7 @@ def edit(old, new):
     (edit('photos/03.jpg,b', '"photos/03.jpg,b'), 'not a valid CSV file'),
     (edit('photos/03', 'photo/03'), r'1 of 40 images do not exist: photo/03.jpg \(line 5'),
     (edit('photos/03', 'photos\\03'), "Write '/' instead"),
+    (edit('photos/03', 'gs://b/03'), "line 5: paths .* must be relative, got 'gs://b/03.jpg'. Set"),
     (edit('photos/03', 'photos/02'), "line 5: 'photos/02.jpg' has label 'b', but line 4 gives 'a'"),
     (table([*((*row, 'train') for row in SINGLE), (*SINGLE[0], 'test')], SPLIT),
      "line 42: 'photos/00.jpg' has split 'test', but line 2 gives 'train'"),
@@ -343,6 +344,18 @@ def test_mistakes_in_a_jsonl_file_name_the_line(tmp_path, line, message):
   rows = [json.dumps({'path': name, 'label': label}) for name, label in SINGLE[1:4]]
   with pytest.raises(ValueError, match=rf'labels\.jsonl, line 4: .*{message}'):
     opened(tmp_path, '\n'.join([*rows, line]), 'labels.jsonl')
+
+
+def test_the_advice_about_missing_images_works_with_a_relative_label_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  touch(tmp_path / 'elsewhere')
+  (tmp_path / 'lists').mkdir()
+  (tmp_path / 'lists' / 'labels.csv').write_text(table(SINGLE))
+  advice = 'set data.dir to the folder at which the paths start.* give its absolute path'
+  with pytest.raises(ValueError, match=advice):
+    sources.open_source('labels:lists/labels.csv', '', (4, 4))
+  spec = f'labels:{tmp_path}/lists/labels.csv'
+  assert sum(sources.open_source(spec, 'elsewhere', (4, 4)).sizes.values()) == len(SINGLE)
 
 
 def test_a_jsonl_file_in_which_only_some_lines_have_a_split_is_refused(tmp_path):

@@ -15,6 +15,7 @@ import unicodedata
 
 import numpy as np
 
+from vit_jax.bucket import is_remote
 from vit_jax.data.splits import TEST_NAMES
 from vit_jax.names import choose
 
@@ -178,7 +179,7 @@ def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]
   """Converts the values of a line, {column: value}, to a `Row`.
 
   Raises:
-    ValueError: the path or a label is empty, or the split is unknown.
+    ValueError: the path or a label is empty, the path is in a bucket, or the split is unknown.
   """
   label, split = values['label'], values.get('split', '').strip()
   if not values['path'].strip():
@@ -194,8 +195,14 @@ def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]
     )
   if 'split' in values:
     choose(f"{file}, line {line}: column 'split'", split, SPLITS)
-  path = os.path.normpath(values['path'].strip())
-  return Row(line, path, tuple(dict.fromkeys(labels)), split)
+  if is_remote(path := values['path'].strip()):
+    refuse(
+      file,
+      line,
+      f'paths of images in a bucket must be relative, got {path!r}. Set data.dir to the folder in '
+      'the bucket at which relative paths start, and shorten the paths.',
+    )
+  return Row(line, os.path.normpath(path), tuple(dict.fromkeys(labels)), split)
 
 
 def label_text(label: int | Sequence[int]) -> str:

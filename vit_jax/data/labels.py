@@ -258,6 +258,7 @@ def locate(file: pathlib.Path, top: pathlib.Path, rows: Sequence[Row]) -> list[s
     raise ValueError(
       f'{file}: {len(missing):,} of {len(rows):,} images do not exist: {abridged(missing)}. '
       f"Relative paths start at {top}.{slashes} Correct the column 'path', or set "
-      'data.dir to the folder at which the paths start.'
+      'data.dir to the folder at which the paths start. A relative path of the label file would '
+      'then also start at data.dir, so give its absolute path.'
     )
   return found
