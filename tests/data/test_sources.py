@@ -1,7 +1,9 @@
 """Checks every source on real files: folder layouts, splits, formats and broken files."""
 
 import collections
+import concurrent.futures
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -822,10 +824,16 @@ def test_loading_needs_little_more_memory_than_the_split(tmp_path):
 
 @pytest.mark.parametrize('spec, message', [
     ('digit', 'Did you mean digits'), ('tfds:', 'tfds:<name>'), ('tfds:cifr10', 'cifar10'),
+    ('tfds:cifar10:9.9.9', '9.9.9, only: '), ('tfds:cifar10:x', 'expected a version such as'),
+    ('', "unknown ''.* Valid: digits"), ('gs://b/photos', 'write folder:gs://b/photos to read'),
+    ('gs://b/all.csv', 'write labels:gs://b/all.csv to read'),
 ])  # fmt: skip
 def test_unknown_sources_are_refused(spec, message, tmp_path):
   with pytest.raises(ValueError, match=message):
     sources.open_source(spec, str(tmp_path), (4, 4))
+  if spec.startswith('tfds:'):
+    with pytest.raises(ValueError, match=message):
+      sources.look_up_source(spec, str(tmp_path), (4, 4))
 
 
 def test_the_config_decides_the_folder_of_tfds_before_the_environment(monkeypatch, tmp_path):
@@ -859,9 +867,13 @@ def test_tfds_names_its_features_and_the_channels():
     source = tfds.tfds_source('shapes', described(picture, kind))
     assert source.channels == channels and source.sizes == {'train': 5}
     assert source.class_names == ('round', 'flat')
-  for wrong in ((picture, features.Scalar(np.int64)), (features.Text(), kind)):
+  wrong = [described(picture, features.Scalar(np.int64)), described(features.Text(), kind)]
+  for keys in (({'x': 'picture'}, 'kind'), ('picture', 'kind', 'weight')):
+    wrong.append(described(picture, kind))
+    wrong[-1].info.supervised_keys = keys
+  for builder in wrong:
     with pytest.raises(ValueError, match='tfds:shapes: expected an image and a class label'):
-      tfds.tfds_source('shapes', described(*wrong))
+      tfds.tfds_source('shapes', builder)
 
 
 @pytest.mark.parametrize('how', ['missing', 'cut', 'empty'])
@@ -885,6 +897,23 @@ def test_tfds_converts_tfrecord_in_a_child_process(tmp_path):
   check_mini(sources.open_source('tfds:mini', str(tmp_path), (8, 8)))
   assert list(tmp_path.glob('array_record/mini/1.0.0/*array_record-*'))
   assert list(tmp_path.glob('mini/1.0.0/*tfrecord-*'))  # the user's own files are kept
+
+
+def test_only_one_process_converts_a_tfds_dataset(tmp_path):
+  target = tmp_path / 'array_record' / 'mini' / '1.0.0'
+  target.mkdir(parents=True)
+  (target / 'damaged').touch()
+  arguments = DATA / 'tfrecord' / 'mini' / '1.0.0', target
+  with open(target.with_name('1.0.0.lock'), 'wb') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      done = pool.submit(tfds.convert_to_array_record, *arguments)
+      with pytest.raises(TimeoutError):
+        done.result(timeout=0.3)
+      (target / 'dataset_info.json').touch()  # the other process has finished
+      fcntl.flock(lock, fcntl.LOCK_UN)
+      done.result()
+  assert {path.name for path in target.iterdir()} == {'damaged', 'dataset_info.json'}
 
 
 def check_mini(source):

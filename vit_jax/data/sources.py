@@ -31,7 +31,8 @@ def open_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Source
     ValueError: an unknown kind, or a source that cannot be read; the message gives a remedy.
   """
   kind, _, argument = spec.partition(':')
-  if kind not in SOURCES and ('/' in kind or from_base(kind, data_dir).exists()):
+  is_path = is_remote(spec) or '/' in kind or (kind and from_base(kind, data_dir).exists())
+  if kind not in SOURCES and is_path:
     file = spec.endswith(('.csv', '.jsonl'))
     kind, content = ('labels', 'a file with labels') if file else ('folder', 'a folder of images')
     raise ValueError(f'data.source={spec!r}: write {kind}:{spec} to read {content}.')

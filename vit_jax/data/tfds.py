@@ -9,6 +9,8 @@ DATA_DIR already has the dataset in the TFRecord format, the command instead wri
 to CONVERTED_DIR.
 """
 
+import contextlib
+import fcntl
 import functools
 import json
 import logging
@@ -71,7 +73,11 @@ def tfds_source(name: str, builder) -> Source:
   """
   import tensorflow_datasets
 
-  image_key, label_key = builder.info.supervised_keys or ('image', 'label')
+  match builder.info.supervised_keys:
+    case (str(image_key), str(label_key)):
+      pass
+    case _:  # missing, or nested, or with weights of the examples
+      image_key, label_key = 'image', 'label'
   features, kinds = dict(builder.info.features.items()), tensorflow_datasets.features
   feature, label = features.get(image_key), features.get(label_key)
   if not isinstance(feature, kinds.Image) or not isinstance(label, kinds.ClassLabel):
@@ -145,21 +151,31 @@ def prepared_builder(name: str, root: pathlib.Path):
 
 
 def find_builder(name: str, directory: pathlib.Path):
-  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has the dataset."""
+  """Returns the TFDS builder of a dataset; None if neither TFDS nor `directory` has the dataset.
+
+  Raises:
+    ValueError: the version or the config is unknown.
+  """
   import tensorflow_datasets
 
   try:
     return tensorflow_datasets.builder(name, data_dir=directory)
   except tensorflow_datasets.core.DatasetNotFoundError:
     return None
+  except AssertionError as error:  # TFDS raises it for an unknown version
+    raise ValueError(f'data.source: tfds:{name} cannot be opened: {error}') from error
 
 
 def check_known(name: str) -> None:
-  """Raises ValueError if TFDS has no dataset `name`; the message gives similar names."""
+  """Raises ValueError for a name that `find_builder` did not find; the message gives the reason."""
   import tensorflow_datasets
 
   known = tensorflow_datasets.list_builders(with_community_datasets=False)
-  choose('data.source: dataset', re.split('[/:]', name)[0], known)
+  dataset = choose('data.source: dataset', re.split('[/:]', name)[0], known)
+  raise ValueError(
+    f'data.source: got tfds:{name}, expected a version such as tfds:{dataset}:1.0.0, a config such '
+    f'as tfds:{dataset}/<config>, or only tfds:{dataset}.'
+  )
 
 
 def prepare(name: str, root: pathlib.Path, converted: pathlib.Path) -> None:
@@ -211,14 +227,25 @@ def prepare_here() -> None:
 def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies the TFDS folder `source` to `target`, and converts TFRecord files to array_record.
 
-  The copy has a temporary name until it is complete, and is then renamed to `target`.
+  The copy has a temporary name until it is complete, and is then renamed to `target`. If another
+  process is making the same copy, this function waits for it, and makes no second copy.
   """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with open(target.with_name(target.name + '.lock'), 'wb') as lock:
+    with contextlib.suppress(OSError):  # some network file systems have no locks
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (target / 'dataset_info.json').exists():
+      write_copy(source, target)
+
+
+def write_copy(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Does the work of `convert_to_array_record`; only one process at a time may call it."""
   from array_record.python import array_record_module
   import tensorflow as tf
 
   partial = target.with_name(target.name + '.incomplete')
   shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
+  partial.mkdir()
   for file in sorted(source.iterdir()):
     if '.tfrecord-' in file.name:
       path = partial / file.name.replace('.tfrecord-', '.array_record-')
