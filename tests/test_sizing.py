@@ -1,6 +1,7 @@
 """Values that a config leaves open depend on the training images; given values never change."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -30,6 +31,26 @@ def photos(count, size=(300, 400), classes=3, **more):
 
 def chosen(spec, source, **overrides):
   return sizing.choose_open(config_lib.override_all(cli.load_file(spec), overrides), source)
+
+
+def test_an_empty_validation_folder_is_not_the_validation_split():
+  config = chosen(FINETUNE, photos(300, val=0))
+  assert config.data.train_split == 'train[:90%]' and config.data.val_split == 'train[90%:]'
+  assert chosen(FINETUNE, photos(300, val=9)).data.val_split == 'val'
+
+
+@pytest.mark.parametrize('count', [1, 99, 100, 101, 1234, 10**5])
+def test_sampled_images_are_spread_evenly_and_need_little_memory(count):
+  read = lambda split, indices: (('', np.zeros((1 + i, 2, 1), np.bool_), 0) for i in indices)
+  source = Source({'train': count, 'more': 50}, ('a', 'b'), 3, read)
+  split = 'train[:60%]+more[9:30]+train[70%:]' if count > 9 else 'train'
+  every = [i for _, start, stop in source.pieces(split) for i in range(start, stop)]
+  tracemalloc.start()
+  found = sizing.sample_sizes(source, split)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert [height - 1 for height, _ in found] == every[:: -(-len(every) // sizing.SAMPLE)]
+  assert peak < 10**6
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,8 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   cases, and if there are too few images to hold some out, the validation split is empty.
   """
   train, val = config.data.train_split, config.data.val_split
-  own = [name for name in VALIDATION if name in source.sizes and name != config.data.eval_split]
+  # A folder such as val/ can be without images.
+  own = [name for name in VALIDATION if source.sizes.get(name) and name != config.data.eval_split]
   if val is None and own:
     return train or 'train', own[0]
   if train is not None or val is not None:
@@ -218,11 +219,13 @@ def choose_size(config: ConfigDict, source: Source | None, split: str) -> dict[s
 
 def sample_sizes(source: Source, split: str) -> list[tuple[int, int]]:
   """Returns (height, width) of up to `SAMPLE` readable images, spread evenly over a split."""
-  places = [(name, i) for name, start, stop in source.pieces(split) for i in range(start, stop)]
-  found = []
-  for name, i in places[:: -(-len(places) // SAMPLE)]:
-    try:
-      found += [own_size(example) for example in source.read(name, [i])]
-    except BadImage:  # reported when the image is decoded
-      continue
+  pieces, begin, found = source.pieces(split), 0, []
+  step = -(-num_examples(pieces) // SAMPLE)
+  for name, start, stop in pieces:
+    for i in range(start + -begin % step, stop, step):
+      try:
+        found += [own_size(example) for example in source.read(name, [i])]
+      except BadImage:  # reported when the image is decoded
+        continue
+    begin += stop - start
   return found

@@ -349,6 +349,18 @@ def test_a_listed_folder_has_no_files_of_a_folder_with_a_longer_name():
   assert set(walk('')) == {'gs://b', 'gs://b/cat', 'gs://b/cat/deep', 'gs://b/cats'}
 
 
+def test_a_walk_through_a_folder_does_not_look_at_all_folders_of_the_bucket():
+  class Folders(dict):
+    def items(self):
+      raise AssertionError('for each class, this would take too long')
+
+  tree = listing.Tree({f'{i}/a.png': 1 for i in range(9)})
+  tree.inside = Folders(tree.inside)
+  for folder in '', '3':
+    walk = {path: names for path, _, names in listing.Listed('gs://b', folder, tree).walk()}
+    assert walk['gs://b/3'] == ['a.png'] and len(walk) == (1 if folder else 10)
+
+
 def test_a_failed_request_ends_the_program_without_a_traceback(server, capsys, monkeypatch):
   def fail(*_):
     raise client_error(503, 'busy')

@@ -13,7 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -757,6 +759,42 @@ def test_the_processes_on_one_host_share_its_memory(monkeypatch):
   with pytest.raises(ValueError, match='train: 30 images .* memory that this process can use'):
     memory.check_memory(source, ['train'], (10, 10))
   assert loading.decide_cache(reading, source, ['train'], (10, 10)) == 'stream'
+
+
+def test_the_process_with_the_least_memory_decides_the_cache(monkeypatch):
+  source = Source({'train': 30}, ('a', 'b'), 3, None)
+  monkeypatch.setattr(memory, 'memory_share', lambda: 2 * 40 * 10 * 10 * 3)
+  monkeypatch.setattr(loading, 'from_all', lambda share: [share, share / 2], raising=False)
+  reading = loading.Reading('auto', image_lib.fit_image)
+  assert loading.decide_cache(reading, source, ['train'], (10, 10)) == 'stream'
+
+
+def test_only_the_cores_of_this_process_decode(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda process: {0})
+  threads = set()
+
+  def fit(image, size):
+    time.sleep(0.001)  # another thread would take the next image
+    threads.add(threading.get_ident())
+    return image_lib.fit_image(image, size)
+
+  memory.load_examples(sources.open_source('digits', '', (8, 8)), 'test[:40]', (8, 8), fit=fit)
+  assert len(threads) == 1
+
+
+def test_a_fingerprint_of_many_labels_needs_little_memory():
+  draw = np.random.RandomState(0)
+  label_NL = (draw.rand(500, 2000) < 0.002).astype(np.uint8)
+  paths = [f'{i}.jpg'.encode() for i in range(500)]
+  files = folder_lib.Files(None, np.array(paths), label_NL, np.arange(500, dtype=np.uint64))
+  digest = hashlib.sha256()
+  for path, label_L in zip(paths, label_NL):
+    digest.update(','.join(map(str, np.flatnonzero(label_L))).encode() + b' ' + path + b'\0')
+  tracemalloc.start()
+  assert files.fingerprint() == digest.hexdigest()[:16]
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < label_NL.nbytes  # as a list of numbers, the labels need 8 times as much
 
 
 @pytest.mark.parametrize(

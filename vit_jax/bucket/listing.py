@@ -83,11 +83,11 @@ class Listed:
 
     In contrast to `os.walk`, the second element, the list of subfolders, is always empty.
     """
-    below = f'{self._inside}/' if self._inside else ''
-    for folder, children in self._tree.inside.items():
-      if folder == self._inside or folder.startswith(below):
-        names = [name for name, is_folder in children.items() if not is_folder]
-        yield str(Listed(self._top, folder)), [], names
+    children = self._tree.inside.get(self._inside, {})
+    yield str(self), [], [name for name, is_folder in children.items() if not is_folder]
+    for name, is_folder in children.items():
+      if is_folder:
+        yield from (self / name).walk()
 
   def read_bytes(self) -> bytes:
     """Returns the content of the object; raises FileNotFoundError if it does not exist."""

@@ -12,7 +12,7 @@ from vit_jax.data import memory, stream
 from vit_jax.data.batching import Split
 from vit_jax.data.memory import Examples
 from vit_jax.data.source import Source
-from vit_jax.distributed import from_first
+from vit_jax.distributed import from_all, from_first
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +67,12 @@ def decide_cache(
   """
   if reading.cache != 'auto':
     return reading.cache
-  most = memory.memory_share()
+  most = min(from_all(memory.memory_share()))  # hosts may have different amounts of memory
 
   def reason():
     too_much = memory.excess(source, names, size, most)
     return too_much or (differs(reading, size, kept) if kept else '')
 
-  # Hosts may have different amounts of memory, so process 0 decides.
   why = from_first(reason) if jax.distributed.is_initialized() else reason()
   cache = 'stream' if why else 'memory'
   log.info(

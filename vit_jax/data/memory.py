@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import itertools
 import math
-import os
 import socket
 from typing import NoReturn, Self
 
@@ -29,7 +28,7 @@ from vit_jax.data import source as source_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
 from vit_jax.data.source import Source
-from vit_jax.distributed import from_all, gather
+from vit_jax.distributed import from_all, gather, num_cores
 from vit_jax.names import SHOWN
 
 
@@ -146,7 +145,7 @@ def load_examples(
     return ''
 
   rows = itertools.count()
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  with concurrent.futures.ThreadPoolExecutor(num_cores()) as pool:
     chunks = source_lib.read_pieces(source, pieces)
     decoded = (error for chunk in chunks for error in pool.map(decode, chunk, rows))
     errors = list(progress.bar(decoded, f'Reading {split}', 'image', count))
