@@ -121,6 +121,16 @@ def test_saving_paper_weights_reproduces_the_file_with_its_older_names(tmp_path,
   assert all(before[key].tobytes() == after[key].tobytes() for key in before)
 
 
+@pytest.mark.parametrize('name', ['paper_hybrid', 'paper_hybrid_root'])
+def test_group_norms_with_the_shape_of_older_flax_are_read(name, tmp_path):
+  arrays = npz.read_arrays(source(name))
+  norms = [key for key in arrays if re.search(r'\bgn\w+/(scale|bias)$', key)]
+  assert norms
+  older = {key: arrays[key].reshape(1, 1, 1, -1) for key in norms}
+  np.savez(tmp_path / 'older.npz', **(arrays | older))
+  assert equal(vit_jax.load(tmp_path / 'older.npz').params, vit_jax.load(source(name)).params)
+
+
 # big_vision's model, built from flax modules so that the automatic names are big_vision's names.
 
 

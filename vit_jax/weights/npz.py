@@ -21,13 +21,7 @@ import numpy as np
 
 from vit_jax import storage
 from vit_jax.model import ViT, stem_stride
-from vit_jax.weights.formats import (
-  Preprocessing,
-  Pretrained,
-  Weights,
-  refuse,
-  write_params,
-)
+from vit_jax.weights.formats import Preprocessing, Pretrained, Weights, refuse, write_params
 from vit_jax.weights.layouts import SAME, STACKED, Row, image_channels, rows
 from vit_jax.weights.usage import prepare_lines
 
@@ -135,7 +129,7 @@ def read_npz(path: pathlib.Path) -> Weights:
     ValueError: the file is damaged, or is not a ViT of the paper or of big_vision.
   """
   path = next(path.glob('*.npz')) if path.is_dir() else path
-  arrays = read_arrays(path)
+  arrays = {name: flat_norm(name, array) for name, array in read_arrays(path).items()}
   prefix = next((p for p in PREFIXES if f'{p}embedding/kernel' in arrays), None)
   if prefix is None:
     raise ValueError(
@@ -188,6 +182,12 @@ def read_npz(path: pathlib.Path) -> Weights:
     preprocessing=Preprocessing((0, 0), interpolation='bilinear', stretch=True),
     ignored=(rf'(?!{re.escape(prefix)}).*',) if prefix else (),
   )
+
+
+def flat_norm(name: str, array: np.ndarray) -> np.ndarray:
+  """Flattens an array of a GroupNorm, which flax before 0.3.6 stored as `[1, 1, 1, C]`."""
+  older = re.search(r'\bgn(\d|_)', name) and array.shape[:-1] == (1, 1, 1)
+  return array.reshape(-1) if older else array
 
 
 def check_axes(path: pathlib.Path, name: str, array: np.ndarray, axes: int) -> tuple[int, ...]:
