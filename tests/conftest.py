@@ -83,7 +83,7 @@ def call(capsys, *argv):
 def error(capsys, *argv):
   """Returns the error message of a command that must fail with exit code 2."""
   code, _, err = call(capsys, *argv)
-  assert code == 2 and err.startswith('error: '), err
+  assert code == 2 and '\nerror: ' in f'\n{err}', err  # warnings may precede the error
   return err
 
 

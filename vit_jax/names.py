@@ -19,7 +19,7 @@ def choose(what: str, name: str, table: Collection[str]):
   if name not in table:
     near = difflib.get_close_matches(str(name), [str(key) for key in table], n=3)
     hint = f' Did you mean {" or ".join(near)}?' if near else ''
-    names = [key or "'' (empty)" for key in sorted(table)]
+    names = [str(key) or "'' (empty)" for key in sorted(table)]
     valid = f' Valid: {", ".join(names)}.' if len(names) <= 40 else ''
     raise ValueError(f'{what}: unknown {name!r}.{hint}{valid}')
   return table[name] if isinstance(table, dict) else name

@@ -466,6 +466,7 @@ def test_an_unknown_timm_architecture_is_refused(tmp_path):
     (dict(architectures=['ViTForMaskedImageModeling']), "architecture: unknown 'ViTForMasked"),
     (dict(architectures=['DeiTModel']), 'model_type=vit does not fit the architecture DeiTModel'),
     (dict(use_rope=True), 'unsupported fields: use_rope'),
+    (dict(rope=0), 'unsupported fields: rope'),
     (dict(image_size=24), 'has 36 patches'),
     (dict(id2label={'0': 'a', '1': 'b'}), r'has shape \(4, 32\), expected \(2, 32\)'),
     (dict(num_attention_heads='2'), 'unexpected value'),
@@ -507,6 +508,8 @@ HF_FIELDS = dict(  # fields of the Hub's configs, without effect here
   attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0, initializer_range=0.02,
   torch_dtype='float32', transformers_version='4.42.0', encoder_stride=16, hidden_act='gelu',
   _attn_implementation_autoset=True, tie_word_embeddings=True, pruned_heads={},
+  _commit_hash='f' * 40, _num_labels=4, gradient_checkpointing=True, padding='max_length',
+  of_another_version=None, used_by_others=False,
 )  # fmt: skip
 DINO_FIELDS = dict(
   apply_layernorm=True, drop_path_rate=0.0, image_size=518, mlp_ratio=4, layerscale_value=1.0,
@@ -583,6 +586,7 @@ def test_a_config_of_a_huge_model_is_refused_at_once(name, key, value, message, 
     ({'image_mean': [0.5], 'image_std': [0.0]}, 'std must be positive'),
     ({'image_mean': [0.5, 0.5], 'image_std': [1.0]}, 'mean: expected 1 or 3 numbers'),
     ({'image_mean': [0.5], 'image_std': [1.0], 'rescale_factor': 1}, 'pixels must be scaled by'),
+    ({'image_mean': [0.5], 'image_std': [1.0], 'resample': 7}, 'resample: unknown 7. Valid: 0, 1,'),
     ({'image_mean': [0.5], 'image_std': [1.0], 'size': 0, 'crop_size': 8}, 'ZeroDivision'),
 ])  # fmt: skip
 def test_an_invalid_image_processor_is_refused(processor, message, tmp_path):
@@ -839,6 +843,18 @@ def test_hybrids_have_the_patch_size_of_their_names():
     variants.make('R50+B/8', 10)
 
 
+def test_a_missing_image_processor_is_replaced_with_a_warning(caplog, tmp_path):
+  vit_jax.load(hf_folder(tmp_path))
+  (text,) = [row.getMessage() for row in caplog.records]
+  assert text.startswith(f'{tmp_path}/preprocessor_config.json is missing. Using')
+  assert 'mean=(0.5,)' in text and "interpolation='bilinear'" in text
+  caplog.clear()
+  about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 16}
+  (tmp_path / 'preprocessor_config.json').write_text(json.dumps(about))
+  vit_jax.load(tmp_path)
+  assert not caplog.records
+
+
 def test_an_image_processor_without_a_filter_uses_bilinear_as_in_transformers():
   about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 32}
   assert hf_config.processing(about, (32, 32), 'processor').interpolation == 'bilinear'
@@ -902,6 +918,14 @@ def test_written_configs_give_height_and_width_in_the_order_of_their_library():
   found = timm.pretrained_cfg(p, 3, 5)
   assert found['input_size'] == [3, 24, 32] and found['crop_mode'] == 'squash'
   assert (found['mean'], found['std'], found['crop_pct']) == ([0.1] * 3, [0.2] * 3, 0.8)
+
+
+@pytest.mark.parametrize('name, sizes', [('hf_deit', (28, 7)), ('hf_dinov3', ([28, 42], 7))])
+def test_written_configs_give_one_number_for_squares(name, sizes, tmp_path):
+  loaded = vit_jax.load(source(name))
+  vit_jax.save(*loaded, tmp_path, format='hf', preprocessing=loaded.preprocessing)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  assert (config['image_size'], config['patch_size']) == sizes
 
 
 def test_processors_of_grey_images_do_not_convert_to_colour():

@@ -6,7 +6,7 @@ Decisions:
     (embedding, encoder) and a top (e.g. a head).
   * DeiT's distillation token becomes our first register, with its own position embedding.
   * Every field of a config is either used, or known not to affect the output. A config with any
-    other field is refused, and the error names the field.
+    other field is refused, and the error names the field, unless its value is None or False.
 """
 
 from collections.abc import Mapping
@@ -180,7 +180,7 @@ def save_hf(
     num_attention_heads=model.num_heads,
     hidden_act=hf_config.activation_name(model.activation),
     layer_norm_eps=model.norm_epsilon,
-    image_size=size[0] if kind.square else list(size),
+    image_size=size[0] if size[0] == size[1] else list(size),
     patch_size=patch[0] if patch[0] == patch[1] else list(patch),
     num_channels=params['embedding']['kernel'].shape[2],
   ) | kind.config(model)

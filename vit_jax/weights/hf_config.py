@@ -11,6 +11,7 @@ Decisions:
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import logging
 import pathlib
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ import numpy as np
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
 from vit_jax.weights.formats import ODD, Preprocessing, load_json
+
+log = logging.getLogger(__name__)
 
 ACTIVATIONS = {  # Hugging Face name: our name; if several map to one name, the first is written
   'gelu': 'gelu',
@@ -34,25 +37,25 @@ RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box',
 # Fields that do not affect the output. They are for training, for other heads or for the library
 # itself. Older versions of transformers also wrote fields for text generation into every config.
 NEUTRAL = {
-    '_attn_implementation_autoset', '_name_or_path', 'add_cross_attention', 'apply_layernorm',
-    'architectures', 'attention_dropout', 'attention_probs_dropout_prob', 'bad_words_ids',
-    'begin_suppress_tokens', 'bos_token_id', 'chunk_size_feed_forward',
-    'cross_attention_hidden_size', 'decoder_start_token_id', 'diversity_penalty', 'do_sample',
-    'drop_path_rate', 'dropout', 'dtype', 'early_stopping', 'encoder_no_repeat_ngram_size',
-    'encoder_stride', 'eos_token_id', 'exponential_decay_length_penalty', 'finetuning_task',
-    'forced_bos_token_id', 'forced_eos_token_id', 'hidden_dropout_prob', 'id2label',
+    'add_cross_attention', 'apply_layernorm', 'architectures', 'attention_dropout',
+    'attention_probs_dropout_prob', 'bad_words_ids', 'begin_suppress_tokens', 'bos_token_id',
+    'chunk_size_feed_forward', 'cross_attention_hidden_size', 'decoder_start_token_id',
+    'diversity_penalty', 'do_sample', 'drop_path_rate', 'dropout', 'dtype', 'early_stopping',
+    'encoder_no_repeat_ngram_size', 'encoder_stride', 'eos_token_id',
+    'exponential_decay_length_penalty', 'finetuning_task', 'forced_bos_token_id',
+    'forced_eos_token_id', 'gradient_checkpointing', 'hidden_dropout_prob', 'id2label',
     'initializer_factor', 'initializer_range', 'interpolate_antialias', 'interpolate_offset',
     'is_decoder', 'is_encoder_decoder', 'label2id', 'length_penalty', 'max_length', 'min_length',
     'model_type', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams', 'num_labels',
     'num_return_sequences', 'out_features', 'out_indices', 'output_attentions',
-    'output_hidden_states', 'output_scores', 'pad_token_id', 'pooler_act', 'pooler_output_size',
-    'pos_embed_jitter', 'pos_embed_rescale', 'pos_embed_shift', 'prefix', 'problem_type',
-    'pruned_heads', 'remove_invalid_values', 'repetition_penalty', 'reshape_hidden_states',
-    'return_class_token', 'return_dict', 'return_dict_in_generate', 'sep_token_id', 'stage_names',
-    'suppress_tokens', 'task_specific_params', 'temperature', 'tf_legacy_loss',
-    'tie_encoder_decoder', 'tie_word_embeddings', 'tokenizer_class', 'top_k', 'top_p',
-    'torch_dtype', 'torchscript', 'transformers_version', 'typical_p', 'use_bfloat16', 'use_cache',
-    'use_mask_token',
+    'output_hidden_states', 'output_scores', 'pad_token_id', 'padding', 'pooler_act',
+    'pooler_output_size', 'pos_embed_jitter', 'pos_embed_rescale', 'pos_embed_shift', 'prefix',
+    'problem_type', 'pruned_heads', 'remove_invalid_values', 'repetition_penalty',
+    'reshape_hidden_states', 'return_class_token', 'return_dict', 'return_dict_in_generate',
+    'sep_token_id', 'stage_names', 'suppress_tokens', 'task_specific_params', 'temperature',
+    'tf_legacy_loss', 'tie_encoder_decoder', 'tie_word_embeddings', 'tokenizer_class', 'top_k',
+    'top_p', 'torch_dtype', 'torchscript', 'transformers_version', 'typical_p', 'use_bfloat16',
+    'use_cache', 'use_mask_token',
 }  # fmt: skip
 
 # For each attribute of `ViT`, the values that a model of any kind can have. `Kind.holds` overrides
@@ -152,8 +155,9 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
 
 
 def check_fields(config: dict, known: Collection[str], origin: str) -> None:
-  """Raises ValueError if a config has fields that are neither known nor in `NEUTRAL`."""
-  if unknown := sorted(set(config) - set(known) - NEUTRAL):
+  """Raises ValueError for fields that are not known, `NEUTRAL`, private (`_x`), None or False."""
+  odd = {name for name, x in config.items() if not (x is None or x is False or name[:1] == '_')}
+  if unknown := sorted(odd - set(known) - NEUTRAL):
     raise ValueError(f'{origin}: unsupported fields: {", ".join(unknown)}.')
 
 
@@ -185,7 +189,9 @@ def preprocessing(
   """
   path, p = find_processor(folder)
   if p is None:
-    return Preprocessing(size, **kind.prepared)
+    found = Preprocessing(size, **kind.prepared)
+    log.warning('%s is missing. Using the usual %s for this kind of model.', path, found)
+    return found
   try:
     found = processing(kind.processor | p, size, str(path))
   except ODD as error:
