@@ -354,6 +354,16 @@ def test_the_processor_of_a_repository_is_downloaded(monkeypatch, tmp_path):
   assert reader.read_weights('someone/clip').preprocessing.mean == (0.1,) * 3
 
 
+def test_the_reason_of_a_failed_download_is_given(monkeypatch):
+  def download(name, allow_patterns):
+    raise OSError('401 Client Error. (Request ID: 1)\n\nCannot access gated repo.\nPlease log in.')
+
+  monkeypatch.setattr('huggingface_hub.snapshot_download', download)
+  message = r'could not be downloaded: 401 .* Cannot access gated repo. Please log in.$'
+  with pytest.raises(ValueError, match=message):
+    reader.read_weights('someone/clip')
+
+
 @pytest.mark.slow
 def test_hub_names_load_from_the_cache_without_a_network(tmp_path):
   commit = 'f' * 40

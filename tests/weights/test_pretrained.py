@@ -640,7 +640,8 @@ def test_missing_files_and_files_that_can_run_code_are_refused(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'')
   with pytest.raises(ValueError, match='can run code'):
     vit_jax.load(tmp_path / 'pytorch_model.bin')
-  with pytest.raises(ValueError, match='found no weights.*the folder holds pytorch_model.bin'):
+  found = 'found no weights.*the folder holds pytorch_model.bin. Pickled files can run code'
+  with pytest.raises(ValueError, match=found):
     vit_jax.load(tmp_path)
   np.savez(tmp_path / 'weights.npz', **{'embedding/kernel': np.array([{}], object)})
   with pytest.raises(ValueError, match='not an .npz file of plain arrays'):
@@ -650,6 +651,16 @@ def test_missing_files_and_files_that_can_run_code_are_refused(tmp_path):
     ValueError, match='embedding/kernel is missing. The file has 1 other arrays, such as a'
   ):
     vit_jax.load(tmp_path / 'weights.npz')
+
+
+@pytest.mark.parametrize('left, message', [
+    ('config.json', 'the folder holds config.json. Pickled files can run code'),  # as on the Hub
+    ('model.safetensors', 'the folder holds model.safetensors. The file config.json is missing.'),
+])  # fmt: skip
+def test_a_folder_without_one_of_its_two_files_is_refused(left, message, tmp_path):
+  shutil.copy(DATA / 'hf_classifier' / left, tmp_path)
+  with pytest.raises(ValueError, match=message):
+    vit_jax.load(tmp_path)
 
 
 def changed_arrays(change):

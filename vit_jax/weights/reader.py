@@ -40,8 +40,12 @@ from vit_jax.workdir import load_checkpoint
 log = logging.getLogger(__name__)
 
 # Suffixes of weights in formats that are refused, because some of these formats can run code.
-PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5')
-FILES = (  # files to download from a Hub repository
+PICKLES = {'.bin', '.pt', '.pth', '.ckpt', '.pkl', '.pickle', '.msgpack', '.h5'}
+REFUSED = (
+  'files can run code when they are opened, so they are not read. Use the safetensors or npz file '
+  'of the same weights, or write one: safetensors.torch.save_file(state_dict, "model.safetensors").'
+)
+FILES = (  # files to download from a Hub repository; its pickled files are not downloaded
   'config.json', 'preprocessor_config.json', 'processor_config.json', 'model.safetensors',
 )  # fmt: skip
 INDEX = 'model.safetensors.index.json'  # exists if the weights are split into several files
@@ -99,20 +103,18 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
     ValueError: no format fits.
   """
   if place.suffix in PICKLES and place.is_file():
-    raise ValueError(
-      f'{place}: {place.suffix} files can run code when they are opened, so they are not read. Use '
-      'the safetensors or npz file of the same weights, or write one: '
-      'safetensors.torch.save_file(state_dict, "model.safetensors").'
-    )
+    raise ValueError(f'{place}: {place.suffix} {REFUSED}')
   for entry in reversed(FORMATS.values()):
     if entry.reads is not None and entry.reads(place):
       return dataclasses.replace(entry.read(place), origin=origin)
   if not place.is_dir():
     raise ValueError(f'{place}: expected an .npz file, a .safetensors file or a folder.')
-  names = ', '.join(sorted(p.name for p in place.iterdir())[:8]) or 'nothing'
+  names, kinds = sorted(p.name for p in place.iterdir()), {p.suffix for p in place.iterdir()}
+  hint = f' Pickled {REFUSED}' if 'config.json' in names or kinds & PICKLES else ''
+  hint = ' The file config.json is missing.' if '.safetensors' in kinds else hint
   raise ValueError(
     f'{origin}: found no weights. Expected checkpoints/, or config.json with *.safetensors, or one '
-    f'*.npz; the folder holds {names}.'
+    f'*.npz; the folder holds {", ".join(names[:8]) or "nothing"}.{hint}'
   )
 
 
@@ -232,10 +234,9 @@ def read_checkpoint(workdir: pathlib.Path, step: str) -> Weights:
   # If the run stored images at another size than `image_size`, it resized them without cropping.
   whole = tuple(task['stored_size']) != size
   wanted = param_shapes(model, (*size, task['channels']))
-  arrays = flatten_params(params)
   return Weights(
     origin=str(workdir),
-    arrays=arrays,
+    arrays=flatten_params(params),
     rows=[Row((name,), (name,), SAME) for name in sorted(wanted)],
     fields=attributes(model),
     channels=task['channels'],
@@ -267,7 +268,7 @@ def download(name: str) -> pathlib.Path:
   try:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
   except Exception as error:  # the Hub's client raises many types of errors
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = ' '.join(str(error).split()) or type(error).__name__  # it has several lines
     raise ValueError(
       f'{name}: no such file or folder, and the Hugging Face Hub repository of this name could not '
       f'be downloaded: {reason}'
