@@ -149,6 +149,17 @@ def test_fp16_keeps_layer_norm_in_one_operator(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('precision', ['fp16', 'int8'])  # both are converted from float32
+def test_onnx_files_are_for_the_documented_version_of_onnxruntime(precision, tmp_path):
+  onnx = needs_onnx()
+  facts = dict(format='onnx', preprocessing=P, images=images())
+  vit_jax.save(*random_model(depth=1), tmp_path, precision=precision, **facts)
+  found = onnx.load(tmp_path / 'model.onnx')
+  versions = {item.domain: item.version for item in found.opset_import}
+  assert versions[''] == 20 and found.ir_version <= 10  # onnxruntime 1.18 reads up to 21 and 10
+
+
+@pytest.mark.slow
 def test_values_beyond_the_range_of_fp16_are_refused(tmp_path):
   needs_onnx()
   model, params = random_model()

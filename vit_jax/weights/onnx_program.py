@@ -30,6 +30,7 @@ from vit_jax.weights.program import (
 )
 
 FILE = 'model.onnx'
+OPSET = 20  # the converter's default of 23 needs a newer onnxruntime than 1.18
 # Arrays of at least this number of bytes are stored in `model.onnx.data`, as `jax2onnx` does.
 SPILLED = 2**20
 # Operators that become int8. The two products of attention (`Einsum`) stay in float32.
@@ -68,6 +69,7 @@ def save_onnx(program: Program, folder: pathlib.Path) -> None:
           output_path=str(path),
           input_names=['image'],
           output_names=[program.output_name],
+          opset=OPSET,
           normalization_mode='prefer_native',
         )
     except Exception as error:  # the converter raises many types of errors
