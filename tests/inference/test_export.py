@@ -110,13 +110,17 @@ MODELS = {
 }
 
 
-def test_positions_for_larger_images_are_resized_to_the_preprocessing(tmp_path):
+def test_positions_for_larger_images_are_resized_to_the_preprocessing(tmp_path, caplog):
   shutil.copytree(DATA / 'hf_dinov2', tmp_path / 'in')  # its positions are for 28 pixels
   small = dict(size={'shortest_edge': 16}, crop_size={'height': 14, 'width': 14}, resample=3)
   small |= dict(image_processor_type='BitImageProcessor', do_resize=True, do_center_crop=True)
   small |= dict(do_normalize=True, image_mean=[0.5] * 3, image_std=[0.5] * 3, do_rescale=True)
   (tmp_path / 'in/preprocessor_config.json').write_text(json.dumps(small))
   exporting.export(tmp_path / 'in', 'hf', tmp_path / 'out')
+  assert 'for 4x4 patches are resized (bilinear) to 2x2 patches' in caplog.text
+  caplog.clear()
+  exporting.export(tmp_path / 'out', 'hf', tmp_path / 'again')  # now the sizes agree
+  assert not caplog.records
   written = json.loads((tmp_path / 'out/preprocessor_config.json').read_text())
   assert written['crop_size'] == small['crop_size'] and written['size'] == small['size']
   loaded, image_BHWC = vit_jax.load(tmp_path / 'out'), np.ones((1, 14, 14, 3), np.float32)

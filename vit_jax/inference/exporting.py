@@ -102,8 +102,15 @@ def expected_grid(found: Weights) -> Adaptation:
   In DINOv2, they are for larger images. `predict` also resizes them. If the preprocessing has no
   known size, the `Adaptation` resizes nothing.
   """
-  size, patch = found.preprocessing.size, ViT(**found.fields).patch_size
-  return Adaptation(tuple(n // p for n, p in zip(size, patch)) if np.any(size) else None)
+  size, model = found.preprocessing.size, ViT(**found.fields)
+  to = Adaptation(tuple(n // p for n, p in zip(size, model.patch_size)) if np.any(size) else None)
+  if model.position == 'learned' and to.grid and found.grid not in (None, to.grid):
+    log.warning(
+      'The position embeddings for %dx%d patches are resized (%s) to %dx%d patches, for the image '
+      'size of the preprocessing. To keep them, use vit_jax.load and vit_jax.save.',
+      *(*found.grid, to.resize, *to.grid),
+    )
+  return to
 
 
 def check_precision(format: str, precision: str) -> None:
