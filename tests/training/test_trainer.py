@@ -377,15 +377,18 @@ def test_bad_images_are_counted_since_the_last_log_line():
   assert 'bad_images' not in lines.read()
 
 
-def test_time_before_a_resume_is_counted(monkeypatch):
-  blank = state.TrainState(jnp.int32(0), {}, (), None)
-  monkeypatch.setattr(state, 'init_state', lambda *_: blank)
-  found = types.SimpleNamespace(
-    latest=lambda: 5, restore=lambda like: (like.replace(step=jnp.int32(5)), {'seconds': 1000.0})
-  )
-  exp, training = opening.from_config(small_config())
+def test_a_resume_counts_earlier_time_and_creates_no_second_state():
+  given = []
+
+  def restore(like):
+    given.extend(jax.tree.leaves(like))
+    return like.replace(step=jnp.int32(5)), {'seconds': 1000.0}
+
+  found = types.SimpleNamespace(latest=lambda: 5, restore=restore)
+  exp, training = opening.from_config(small_config(ema='0.9'))
   begun, seconds = state.start_state(exp, training, devices_lib.make_mesh(), found)
   assert begun.step == 5 and seconds == 1000
+  assert {type(x) for x in given} == {jax.ShapeDtypeStruct}  # no arrays on the devices
 
 
 def test_seconds_of_earlier_sessions_count_in_the_result(monkeypatch):

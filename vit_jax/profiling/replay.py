@@ -33,8 +33,8 @@ from vit_jax.training import (
   check_same_data,
   check_same_teacher,
   devices_of,
-  init_state,
   prepared,
+  state_shapes,
 )
 from vit_jax.workdir import Silent, restore_item, restore_state, saved_steps, training_files_of
 
@@ -106,7 +106,7 @@ def verify(workdir: pathlib.Path, overrides: Mapping[str, str] = {}) -> Verdict:
   start = restore_item(workdir, first, 'config')
   exp = prepared(exp, training, mesh, start)
   exp, training = with_teacher(exp, training, mesh, workdir / 'features')
-  like = init_state(exp, training, mesh)
+  like = state_shapes(exp, training, mesh)
   begin, _ = restore_state(workdir, first, like)
   with Preemption() as preemption:
     run = Replay(exp, training, mesh, Silent(workdir, first), None, preemption, {})

@@ -10,7 +10,7 @@ from vit_jax.training.resume import (
   check_same_teacher,
   saved_config,
 )
-from vit_jax.training.state import TrainState, init_state
+from vit_jax.training.state import TrainState, init_state, state_shapes
 from vit_jax.training.tracing import (
   OTHER,
   activations,
@@ -43,6 +43,7 @@ __all__ = [
   'prepared',
   'runs_teacher',
   'saved_config',
+  'state_shapes',
   'train',
   'work',
 ]

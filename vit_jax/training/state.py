@@ -1,5 +1,6 @@
 """The state that training updates, and its initial value."""
 
+from collections.abc import Callable
 import logging
 
 from clu import parameter_overview
@@ -45,8 +46,8 @@ def init_params(model: ViT, image_shape: tuple[int, int, int], seed: int) -> dic
   return model.init(jax.random.key(seed), image_BHWC)['params']
 
 
-def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
-  """Returns the training state at step 0 with random parameters, created directly on the devices.
+def initializer(exp: Experiment, training: Training) -> Callable[[], TrainState]:
+  """Returns a function, for `jax.jit`, that creates the state at step 0 with random parameters.
 
   The optimizer has no state for parameters that `freeze` or `adapt` keeps constant.
   """
@@ -60,7 +61,23 @@ def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> 
     opt_state = training.optimizer.init(exp.split(params)[0])
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, params if config.ema else None)
 
+  return init
+
+
+def init_state(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns the state at step 0 with random parameters, created directly on the devices."""
+  init = initializer(exp, training)
   return jax.jit(init, out_shardings=layout(mesh, jax.eval_shape(init)))()
+
+
+def state_shapes(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> TrainState:
+  """Returns the shapes, types and shardings of the training state; allocates nothing on devices.
+
+  The leaves of the result are `jax.ShapeDtypeStruct`.
+  """
+  shapes = jax.eval_shape(initializer(exp, training))
+  described = lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
+  return jax.tree.map(described, shapes, layout(mesh, shapes))
 
 
 def start_state(
@@ -71,11 +88,12 @@ def start_state(
   The state comes from the newest checkpoint if there is one. Without a checkpoint, the parameters
   are the weights of `init`, or random if `init` is not set.
   """
-  fresh = init_state(exp, training, mesh)
   if checkpoints.latest() is not None:
-    restored, saved = checkpoints.restore(fresh)
+    # The devices may not have enough memory for a second state, so `restore` gets only shapes.
+    restored, saved = checkpoints.restore(state_shapes(exp, training, mesh))
     log.info('Resuming from step %d.', restored.step)
     return restored, saved['seconds']
+  fresh = init_state(exp, training, mesh)
   overview = parameter_overview.get_parameter_overview(fresh.params, include_stats=False)
   DETAILS.info('%s', overview)
   if training.params is None:

@@ -180,8 +180,8 @@ class Checkpoints:
     If all processes can access the workdir, each process reads only the shards of its devices.
 
     Args:
-      like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
-        used.
+      like: a state of arrays, or of `jax.ShapeDtypeStruct`, with the wanted shapes, types and
+        shardings. Values are not used.
 
     Returns:
       The state, placed on devices like `like`, and the item `config`.

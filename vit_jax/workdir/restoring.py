@@ -25,8 +25,8 @@ def restore_state(
   Args:
     workdir: folder of the run.
     step: step of the checkpoint.
-    like: a state whose arrays have the wanted shapes, types and shardings. Their values are not
-      used.
+    like: a state of arrays, or of `jax.ShapeDtypeStruct`, with the wanted shapes, types and
+      shardings. Values are not used.
     shared: whether all processes can access the workdir; None if the function should find out.
 
   Returns:
@@ -62,7 +62,7 @@ def is_visible(checkpoint: pathlib.Path) -> bool:
 def read_state(checkpoint: pathlib.Path, like):
   """Returns the state of a checkpoint without comparing checksums; `like` as in `restore_state`.
 
-  If `like` is on devices, all processes must call this function. If `like` has NumPy arrays, only
+  If `like` has shardings, all processes must call this function. If `like` has NumPy arrays, only
   process 0 calls it.
   """
   found = {}
@@ -76,8 +76,8 @@ def read_state(checkpoint: pathlib.Path, like):
 
 
 def holds_shards(tree) -> bool:
-  """Returns whether a tree contains JAX arrays; a tree without JAX arrays has NumPy arrays."""
-  return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
+  """Returns whether a tree has shardings; a tree without shardings has NumPy arrays."""
+  return any(hasattr(x, 'sharding') for x in jax.tree.leaves(tree))
 
 
 def rest(state) -> dict:
@@ -88,4 +88,4 @@ def rest(state) -> dict:
 def described(tree):
   """Replaces JAX arrays by their shapes, types and shardings; NumPy arrays stay unchanged."""
   about = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-  return jax.tree.map(lambda x: about(x) if isinstance(x, jax.Array) else x, tree)
+  return jax.tree.map(lambda x: about(x) if hasattr(x, 'sharding') else x, tree)
