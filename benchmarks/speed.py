@@ -191,11 +191,10 @@ def in_a_process(function, *arguments):
 
 def peak(device: str, measured: float) -> tuple[float, str]:
   """Returns the peak rate and its source: a GPU's data sheet, or else the measured rate."""
-  from vit_jax.distributed.peaks import PEAK_TFLOPS  # keeps JAX out of PyTorch's processes
+  from vit_jax.distributed import peaks  # keeps JAX out of PyTorch's processes
 
-  for name, tflops in PEAK_TFLOPS.items():
-    if name in device:
-      return 1e12 * tflops, f'the {name} data sheet, dense bfloat16'
+  if name := peaks.listed_kind(device):
+    return 1e12 * peaks.PEAK_TFLOPS[name], f'the {name} data sheet, dense bfloat16'
   return measured, 'measured rate of large square matrix products on this machine'
 
 

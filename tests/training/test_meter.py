@@ -84,8 +84,10 @@ def test_without_a_known_peak_only_the_speed_is_reported(kind, dtype, clock):
 
 @pytest.mark.parametrize('kind, peak', [
     ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H100 PCIe', 756),
-    ('NVIDIA H200 141GB HBM3e', 989), ('TPU v4', 275), ('TPU v5 lite', 197), ('TPU v5', 459),
-    ('TPU v5p', 459), ('TPU v6 lite', 918), ('NVIDIA GeForce RTX 3060', None), ('cpu', None),
+    ('NVIDIA H200 141GB HBM3e', 989), ('NVIDIA H200 NVL', 835), ('NVIDIA GH200 480GB', 989),
+    ('NVIDIA H200 MIG 1g.18gb', None), ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None), ('TPU v4', 275),
+    ('TPU v4 lite', 138), ('TPU v5 lite', 197), ('TPU v5', 459), ('TPU v5p', 459),
+    ('TPU v6 lite', 918), ('NVIDIA GeForce RTX 3060', None), ('cpu', None),
 ])  # fmt: skip
 def test_the_peak_follows_from_the_name_of_the_device(kind, peak):
   assert peak_tflops(device(kind)) == peak
