@@ -205,9 +205,14 @@ def test_a_resumed_run_keeps_its_kernel(monkeypatch, earlier):
   assert found.model.attention == found.saved()['attention'] == earlier
 
 
+def test_attention_dropout_chooses_plain_for_training_and_evaluation(monkeypatch):
+  monkeypatch.setattr(trial, 'decide', None)
+  found = choose(**{'model.attention_dropout': '0.1'})
+  assert found.model.attention == found.saved()['attention'] == 'plain'
+
+
 @pytest.mark.parametrize('overrides', [
-    {'model.attention': 'plain'}, {'model.dtype': 'float32'}, {'model.attention_dropout': '0.1'},
-    {'model.head_dim': '12'},
+    {'model.attention': 'plain'}, {'model.dtype': 'float32'}, {'model.head_dim': '12'},
 ])  # fmt: skip
 def test_nothing_is_tried_where_the_choice_is_clear(monkeypatch, overrides):
   monkeypatch.setattr(trial, 'decide', None)

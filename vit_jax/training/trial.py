@@ -78,12 +78,14 @@ def choose_attention(
       f'model.attention=cudnn: cuDNN cannot compute this attention, because {obstacle}. '
       'Set model.attention=auto.'
     )
-  if asked != 'auto' or model.attention_dropout:
+  if asked != 'auto':
     return exp
   can_try = lambda head_size: not flash_obstacle(target(mesh), model.dtype, head_size)
   if not any(can_try(size) for *_, size in exp.objective.sequences(exp)):
     return exp
-  choice = earlier
+  # Training with attention dropout needs `plain`. Evaluation does not drop, so with `auto` it would
+  # use cuDNN's kernel without a trial.
+  choice = 'plain' if model.attention_dropout else earlier
   if choice not in ('cudnn', 'plain'):
     # The trial also runs `plain`, which needs more memory than cuDNN. So the shapes of the trial
     # come from a plan with which `plain` is estimated to fit.
