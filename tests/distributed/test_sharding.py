@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import numpy as np
+import optax
 import pytest
 
 from vit_jax.distributed import cluster, microbatch, sharding
@@ -95,6 +96,15 @@ def test_devices_communicate_once_per_batch_and_a_single_one_never(count):
   text = jax.jit(gradient).lower(jnp.ones((12, 4)), jnp.ones((4, 2))).compile().as_text()
   assert ' while(' in text and text.count(' all-reduce(') == (count > 1)
   assert count == 1 or text.index(' all-reduce(') > text.index('ENTRY')
+
+
+def test_a_factored_optimizer_state_with_fewer_dimensions_is_placed():
+  mesh = devices_lib.make_mesh(2, shape=devices_lib.ALL_DATA | {'data': 1, 'tensor': 2})
+  params = {'query': {'kernel': jnp.zeros((8, 4, 2))}, 'up': {'kernel': jnp.zeros((8, 6))}}
+  state = jax.eval_shape(optax.scale_by_factored_rms(min_dim_size_to_factor=8).init, params)
+  specs = jax.tree.map(lambda x: x.spec, sharding.layout(mesh, state))
+  assert specs.v['up']['kernel'] == PartitionSpec(None, 'tensor')
+  assert specs.v_row['up']['kernel'] == PartitionSpec(None)  # shape (1,): it is not used
 
 
 def test_cpu_mesh_size_depends_on_the_batch_size(monkeypatch):

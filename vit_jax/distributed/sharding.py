@@ -91,9 +91,10 @@ def partition(mesh: Mesh, path: tuple, shape: tuple[int, ...]) -> PartitionSpec:
   """
   names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path[-2:])
   axes = [None] * len(shape)
-  tensor, fsdp = TENSOR_AXIS.get(names), mesh.shape['fsdp']
-  if mesh.shape['tensor'] > 1 and tensor is not None and shape[tensor] % mesh.shape['tensor'] == 0:
-    axes[tensor] = 'tensor'
+  split, tensor, fsdp = TENSOR_AXIS.get(names), mesh.shape['tensor'], mesh.shape['fsdp']
+  # The state of an optimizer can have fewer dimensions than its parameter, e.g. with Adafactor.
+  if tensor > 1 and split is not None and split < len(shape) and shape[split] % tensor == 0:
+    axes[split] = 'tensor'
   if fsdp > 1 and math.prod(shape) >= SPLIT_FROM:
     free = [i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0]
     if free:
