@@ -401,7 +401,9 @@ MODEL = {  # None: taken from the `init` weights if given, else from the variant
   'model.resnet': Key(None, 'number of units in each stage of the ResNet stem', kind=tuple),
   'model.resnet_width': Key(None, 'channels of the root block of the ResNet stem', kind=int),
   'model.dtype': Key(
-    'float32', 'number format of computations; parameters stay float32',
+    'float32', 'number format of computations; parameters stay float32; with float32, products of '
+    'matrices use TF32 on recent NVIDIA GPUs and bfloat16 inputs on TPUs, unless you set the '
+    'environment variable JAX_DEFAULT_MATMUL_PRECISION=highest',
     choices=('float32', 'bfloat16'),
   ),
   'model.remat': Key(
