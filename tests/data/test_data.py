@@ -58,6 +58,20 @@ def test_evaluation_counts_each_example_once(batch_size):
     np.testing.assert_array_equal(batch['tens'], 10 * batch['label'])
 
 
+class LabelsFirst(Examples):
+  """Examples whose dict of arrays has another order than the fields."""
+
+  def arrays(self):
+    return {'label': self.label_N, 'image': self.image_NHWC}
+
+
+def test_selected_and_joined_examples_keep_images_and_labels_apart():
+  image, label = np.arange(12, dtype=np.uint8).reshape(3, 2, 2, 1), np.arange(3, dtype=np.int32)
+  found = LabelsFirst(image, label).some([2, 0]).joined(LabelsFirst(image[1:2], label[1:2]))
+  np.testing.assert_array_equal(found.image_NHWC, image[[2, 0, 1]])
+  np.testing.assert_array_equal(found.label_N, [2, 0, 1])
+
+
 def test_batch_is_split_over_the_devices():
   mesh = devices_lib.make_mesh(8)
   examples = Examples(np.zeros((9, 2, 2, 1), np.uint8), np.arange(9, dtype=np.int32))

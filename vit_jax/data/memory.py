@@ -11,7 +11,7 @@ Decisions:
 """
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import itertools
@@ -41,6 +41,11 @@ class InMemory(abc.ABC):
   def arrays(self) -> dict[str, np.ndarray]:
     """Returns the arrays with one row per example, by their names in a batch."""
 
+  @classmethod
+  @abc.abstractmethod
+  def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    """Creates a split from arrays with the names of `arrays`."""
+
   def __len__(self) -> int:
     return len(self.label_N)
 
@@ -54,11 +59,12 @@ class InMemory(abc.ABC):
 
   def some(self, index_N: Sequence[int]) -> Self:
     """Returns the examples at these indices."""
-    return type(self)(*(array[index_N] for array in self.arrays().values()))
+    return self.from_arrays({name: array[index_N] for name, array in self.arrays().items()})
 
   def joined(self, other: Self) -> Self:
     """Returns these examples, followed by the examples of `other`."""
-    return type(self)(*map(np.concatenate, zip(self.arrays().values(), other.arrays().values())))
+    mine, more = self.arrays(), other.arrays()
+    return self.from_arrays({name: np.concatenate([mine[name], more[name]]) for name in mine})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +83,10 @@ class Examples(InMemory):
 
   def arrays(self) -> dict[str, np.ndarray]:
     return {'image': self.image_NHWC, 'label': self.label_N}
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    return cls(image_NHWC=arrays['image'], label_N=arrays['label'])
 
   @property
   def size(self) -> tuple[int, int]:
@@ -107,6 +117,10 @@ class Features(InMemory):
 
   def arrays(self) -> dict[str, np.ndarray]:
     return {'feature': self.feature_ND, 'label': self.label_N}
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
+    return cls(feature_ND=arrays['feature'], label_N=arrays['label'])
 
 
 @limits.memory_for('Reading images')

@@ -122,8 +122,7 @@ class Stream:
 
   def some(self, index_N: Sequence[int]) -> Examples:
     """Returns the examples at these indices, decoded without random crops, as `Examples`."""
-    found = self.decode_all(index_N)
-    return Examples(found['image'], found['label'])
+    return Examples.from_arrays(self.decode_all(index_N))
 
   def decode_all(self, index_N: Sequence[int]) -> dict[str, np.ndarray]:
     """Returns the same dict as `rows`, but decodes with several threads (`threads`)."""
