@@ -96,7 +96,6 @@ class Run:
     over_batch = batch_sharding(self.mesh)
     batches = train_batches(examples, config.batch_size, config.seed, start, over_batch)
     scores = self.evaluate_start(start, train_state) if self.owes_evaluation(start) else {}
-    late = None
     with contextlib.ExitStack() as stack:
       stack.enter_context(contextlib.closing(batches))  # stops the data readers
       batch, (size, patch) = next(batches), self.sizes_of(start + 1)
@@ -109,39 +108,37 @@ class Run:
             batch = next(batches)
         earlier, (size, patch) = size, self.sizes_of(step)
         if size != earlier:
-          meter.pause()
-          programs = self.compile(size, train_state, batch)
-          meter.resume()
-        compiled = programs[patch]
-        train_state, metrics = compiled.step(train_state, batch, self.training.teacher)
+          with meter.paused():
+            programs = self.compile(size, train_state, batch)
+        train_state, metrics = programs[patch].step(train_state, batch, self.training.teacher)
         if step == start + 1:
           jax.block_until_ready(metrics)  # the call returns before the device is done
           log.info('First step done.')
-        if late:
-          meter.add(*late)
-        late = step, metrics, compiled
+        meter.add(step, metrics, programs[patch])
         bar.update()
         stop = self.preemption.is_due() and step < steps
         events = self.due(step)
         if not events and not stop:
           continue
-        meter.add(*late)
-        late = None
+        meter.flush()
         if 'log' in events or stop:  # a stop must not lose the metrics of the last steps
           self.log(step, meter.read(), bar)
         if stop:  # no evaluation now, because time can be short; the resumed run evaluates
           self.save(train_state)
           self.checkpoints.wait()
           raise Preempted(f'The run was asked to stop: step {step} of {steps} is saved.')
-        meter.pause()
-        if 'save' in events:  # before the evaluation, which can fail or be killed
-          self.save(train_state)
-        if 'eval' in events:
-          scores = self.evaluate(step, train_state)
-        if 'save' in events:
-          self.rate(step, scores)
-        meter.resume()
+        with meter.paused():
+          scores = self.save_and_evaluate(step, train_state, events) or scores
     return train_state, scores
+
+  def save_and_evaluate(self, step: int, train_state: TrainState, events: set[str]) -> dict:
+    """Does what `events` (from `due`) contains; returns the scores of each split, or no scores."""
+    if 'save' in events:  # before the evaluation, which can fail or be killed
+      self.save(train_state)
+    scores = self.evaluate(step, train_state) if 'eval' in events else {}
+    if 'save' in events:
+      self.rate(step, scores)
+    return scores
 
   def compile(self, size: Size, train_state: TrainState, batch: dict) -> dict[Size, Compiled]:
     """Compiles the step for an image size; returns `{patch size: Compiled}` for all patch sizes.

@@ -25,6 +25,7 @@ class Meter:
     device, self._devices = mesh.local_devices[0], mesh.size
     self._memory_stats = device.memory_stats
     self._peak = peak_tflops(device) if dtype == 'bfloat16' else None
+    self._newest = None  # step, metrics and compiled step that `flush` has not read yet
     self._reset()
 
   def _reset(self) -> None:
@@ -33,12 +34,11 @@ class Meter:
     self._bad = []
     self._started = time.perf_counter()
 
-  def pause(self) -> None:
-    """Stops the clock before work that does not count as training, such as an evaluation."""
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Context manager that does not count the time of its block, e.g. an evaluation."""
     self._seconds += time.perf_counter() - self._started
-
-  def resume(self) -> None:
-    """Starts the clock again before training continues."""
+    yield
     self._started = time.perf_counter()
 
   @contextlib.contextmanager
@@ -49,16 +49,27 @@ class Meter:
     self._waited += time.perf_counter() - began
 
   def add(self, step: int, metrics: dict, compiled: Compiled) -> None:
-    """Adds the metrics of a step; waits until the device has computed them.
+    """Adds the metrics of a step, and flushes the step before.
+
+    Call it after the step has started, so that the device does not wait for the host.
 
     Args:
       step: number of the step.
       metrics: metrics that the step returned.
       compiled: the compiled step, which gives the number of FLOPs.
+    """
+    self.flush()
+    self._newest = step, metrics, compiled
+
+  def flush(self) -> None:
+    """Waits until the device has computed the metrics of the newest step, and checks them.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite.
     """
+    if self._newest is None:
+      return
+    (step, metrics, compiled), self._newest = self._newest, None
     metrics = jax.device_get(metrics)
     loss = summarize([metrics['score']])['loss']
     for name, value in (('loss', loss), ('gradient norm', metrics['grad_norm'])):
@@ -76,14 +87,15 @@ class Meter:
   def read(self) -> dict[str, float]:
     """Returns the metrics of the steps since the last call, and resets the meter.
 
-    The clock must be running. Scores are means over these steps, and `examples` and `bad_images`
+    Call it outside of `paused`. Scores are means over these steps, and `examples` and `bad_images`
     are counts. `learning_rate` and `memory_gib` (of one device) are the latest values.
     `images_per_second` counts only the time of training, not the time of evaluations. `data_wait`
     is the fraction of training time in which the loop waited for the next batch. `mfu` is the
     FLOP/s of training, as a fraction of the devices' peak FLOP/s (Chowdhery et al. 2022,
     2204.02311, Appendix B).
     """
-    self.pause()
+    self.flush()
+    self._seconds += time.perf_counter() - self._started
     values = summarize(self._scores)
     values['images_per_second'] = round(values['examples'] / self._seconds, 1)
     values['data_wait'] = round(self._waited / self._seconds, 4)
