@@ -15,7 +15,7 @@ from vit_jax.augment import active, normalize
 from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.model import ATTRIBUTES, ViT, variant_fields, variant_of
-from vit_jax.names import abridged, accepted, difference, pair
+from vit_jax.names import abridged, accepted, assumed, difference, pair, same_classes
 from vit_jax.optim import DISTILLATIONS, Teacher, TextClasses, objective_of
 from vit_jax.weights import (
   Adaptation,
@@ -70,6 +70,8 @@ def open_init(config: ConfigDict, source: Source) -> tuple[ConfigDict, dict, Tra
       'The run starts with a classification head of zeros, because the weights have no linear '
       'head for these classes.'
     )
+  elif found.class_names != classes:
+    log.warning('%s', assumed(found.class_names, classes))
   return follow(config, loaded), loaded.params, names_of(loaded)
 
 
@@ -90,9 +92,9 @@ def check_no_init(config: ConfigDict) -> None:
 def needs_new_head(found: Weights, classes: tuple[str, ...]) -> bool:
   """Returns whether a new head for these classes must replace the head of the weights.
 
-  The old head is kept only if it is not a k-NN head, and its classes are known and equal `classes`.
+  The old head is kept only if it is not a k-NN head, and `same_classes` holds for its classes.
   """
-  return found.class_names != classes or found.fields.get('examples') is not None
+  return not same_classes(found.class_names, classes) or found.fields.get('examples') is not None
 
 
 def open_classes(path: str | pathlib.Path) -> TextClasses:
@@ -199,8 +201,8 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
       f'data.source={data} have {source.channels}. Use a teacher for images with '
       f'{source.channels} channel(s).'
     )
-  if count != len(classes) or found.class_names not in (None, classes):
-    theirs = found.class_names
+  theirs = found.class_names
+  if count != len(classes) or not (theirs is None or same_classes(theirs, classes)):
     given = f'{difference(classes, theirs)}. ' if theirs else ''
     raise ValueError(
       f'{name} has {count} classes{f" ({abridged(theirs)})" if theirs else ""}, but '
@@ -208,6 +210,8 @@ def check_teacher(config: ConfigDict, found: Weights, source: Source) -> None:
       'same classes in the same order. To get one, fine-tune these weights on the data: '
       f'--config.init={config.distill.teacher}'
     )
+  if theirs not in (None, classes):
+    log.warning('%s', assumed(theirs, classes))
 
 
 def adaptation(
@@ -283,14 +287,7 @@ FREE = {'dropout', 'attention_dropout', 'stochastic_depth', 'dtype', 'remat', 'a
 
 
 def same(name: str, asked: object, own: object, model: ViT) -> bool:
-  """Returns whether the config and the weights agree on an attribute of the model.
-
-  Args:
-    name: name of the attribute.
-    asked: value in the config.
-    own: value in the weights.
-    model: model of the weights.
-  """
+  """Returns whether the config's value `asked` of an attribute agrees with `own` of `model`."""
   if name == 'patch_size':
     return pair(asked) == own
   if name == 'head_dim':

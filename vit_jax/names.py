@@ -6,6 +6,7 @@ import inspect
 import numbers
 import re
 
+WORDNET_ID = re.compile(r'n\d{8}')  # class name in ImageNet's data
 SHOWN = 5  # maximum number of names or errors that a message lists
 
 
@@ -41,10 +42,38 @@ def difference(ones: Sequence[str], others: Sequence[str]) -> str:
   return f'Classes in only one of the two lists: {abridged(only)}' if only else 'The order differs'
 
 
+def same_classes(own: Sequence[str] | None, given: Sequence[str]) -> bool:
+  """Returns whether weights have the classes of the data in the same order.
+
+  Published ImageNet classifiers name their classes with words, but ImageNet's data uses WordNet IDs
+  such as n01440764. Sorted IDs have the order of these classifiers, so such names count as the
+  same; `assumed` warns of this. Words in alphabetical order do not, because they come from the
+  folders of another copy of the data.
+
+  Args:
+    own: names of the classes of the weights; None if unknown.
+    given: names of the classes of the data.
+  """
+  if own is None or own == given:
+    return own == given
+  words = not any(map(WORDNET_ID.fullmatch, own)) and list(own) != sorted(own)
+  ids = all(map(WORDNET_ID.fullmatch, given)) and list(given) == sorted(given)
+  return words and ids and len(own) == len(given)
+
+
+def assumed(own: Sequence[str], given: Sequence[str]) -> str:
+  """Returns a warning that the names of weights and data count as the same classes."""
+  return (
+    f'The weights have the classes {abridged(own)}, and the data has the classes '
+    f'{abridged(given)}. They are assumed to be the same classes in the same order.'
+  )
+
+
 def abridged(names: Sequence[str]) -> str:
   """Returns the first `SHOWN` names as text, with the number of names that are left out."""
   more = len(names) - SHOWN
-  return ', '.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
+  between = '; ' if any(',' in name for name in names[:SHOWN]) else ', '
+  return between.join(names[:SHOWN]) + (f' and {more:,} more' if more > 0 else '')
 
 
 def pair(size: int | Sequence[int], what: str = 'A size') -> tuple[int, int]:

@@ -13,8 +13,8 @@ from sklearn import metrics
 
 from tests.conftest import call, run_model, small_config
 import vit_jax
-from vit_jax import evaluation, limits, opening, storage
-from vit_jax.data import Examples
+from vit_jax import evaluation, limits, names, opening, storage
+from vit_jax.data import Examples, Source
 from vit_jax.evaluation import answers, data, exact
 from vit_jax.experiment import assemble, mesh_for
 from vit_jax.inference import exporting
@@ -233,6 +233,7 @@ CLASSES = tuple(f'pattern {i}' for i in range(10))
 @pytest.mark.parametrize('names, channels, message', [
   (CLASSES[::-1], 3, 'The order differs. Use a dataset with the classes of the model'),
   (CLASSES[:9], 3, '10 classes .* has 9 classes .* only one of the two lists: pattern 9'),
+  (('b, x', 'a', 'c', 'd', 'e'), 3, r'has 5 classes \(b, x; a; c; d; e\)'),
   (CLASSES, 1, 'takes images with 1 channels, but the images in synthetic have 3'),
 ])  # fmt: skip
 def test_a_dataset_that_does_not_fit_the_model_is_refused(names, channels, message):
@@ -284,6 +285,25 @@ def test_weights_without_class_names_have_the_classes_of_the_data(workdir, tmp_p
   assert found['accuracy'] == wanted['accuracy'] > 0.5
   assert [*found['per_class']] == [*wanted['per_class']] != ['class 0', 'class 1']
   assert 'assumed to be in the order of the logits' in caplog.text
+
+
+WORDS, IDS = ('tench, Tinca tinca', 'goldfish', 'cock'), ('n01440764', 'n01443537', 'n01514668')
+
+
+@pytest.mark.parametrize('own, given, same', [
+  (WORDS, IDS, True), (WORDS, WORDS, True), (WORDS, IDS[::-1], False), (WORDS, IDS[:2], False),
+  (WORDS, ('n01440764', 'goldfish', 'n01514668'), False), (IDS, WORDS, False), (None, IDS, False),
+  (tuple(sorted(WORDS)), IDS, False),
+])  # fmt: skip
+def test_words_name_the_classes_of_sorted_wordnet_ids(own, given, same):
+  assert names.same_classes(own, given) == same
+
+
+def test_a_model_that_names_imagenets_classes_with_words_is_evaluated(monkeypatch, caplog):
+  source = Source({}, IDS, 3, None)
+  monkeypatch.setattr(data, 'open_source', lambda *_: source)
+  assert data.open_data(assemble(small_config(), Task(WORDS, (8, 8), 3))) is source
+  assert 'tench, Tinca tinca; goldfish; cock, and the data has the classes n0144' in caplog.text
 
 
 def test_a_read_only_workdir_does_not_lose_the_printed_result(workdir, monkeypatch, capsys):

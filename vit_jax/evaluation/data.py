@@ -17,7 +17,7 @@ from vit_jax.data import (
   unlabelled,
 )
 from vit_jax.experiment import Experiment
-from vit_jax.names import abridged, difference, pair
+from vit_jax.names import abridged, assumed, difference, pair, same_classes
 from vit_jax.opening import Request
 from vit_jax.splitting import numbered
 from vit_jax.workdir import (
@@ -45,7 +45,8 @@ def open_data(experiment: Experiment) -> Source:
 
   If the model has no classes, the returned dataset has no labels. If the model can give an image
   several labels, the labels of the returned dataset are multi-hot. If the names of the model's
-  classes are unknown, its classes are those of the dataset, in the same order.
+  classes are unknown, its classes are those of the dataset, in the same order. A warning says so. A
+  warning also says if different class names count as the same classes (`same_classes`).
 
   Raises:
     ValueError: the dataset and the model differ in their classes or in their number of channels. Or
@@ -62,16 +63,18 @@ def open_data(experiment: Experiment) -> Source:
       data.source,
       abridged(source.class_names),
     )
-  elif source.class_names != task.class_names:
+  elif not same_classes(task.class_names, source.class_names):
     own, given = abridged(source.class_names), abridged(task.class_names)
     raise ValueError(
       f'{data.source} has {count} classes ({own}), but the model has '
       f'{len(task.class_names)} classes ({given}). '
       f'{difference(source.class_names, task.class_names)}. '
       'Use a dataset with the classes of the model, in the same order. To measure how well the '
-      'features separate other classes, use --mode=fewshot with --config.data.source and '
-      '--init=<workdir>, not --workdir.'
+      'features separate other classes, use --mode=fewshot with --config.data.source, and '
+      'name the weights or the workdir in --init.'
     )
+  elif source.class_names != task.class_names:
+    log.warning('%s', assumed(task.class_names, source.class_names))
   if source.channels != task.channels:
     raise ValueError(
       f'The model takes images with {task.channels} channels, but the images in {data.source} have '

@@ -12,9 +12,9 @@ import numpy as np
 from vit_jax.bucket import to_path
 from vit_jax.data import Source
 from vit_jax.experiment import Experiment
+from vit_jax.names import WORDNET_ID
 
 NUMBER = re.compile(r'ILSVRC2012_val_(\d{8})')  # file name of an image; the first number is 1
-CLASS = re.compile(r'n\d{8}')  # class name; its label is its index in the sorted list of names
 
 
 def real_labels(exp: Experiment, split: str, source: Source, count: int) -> dict[str, np.ndarray]:
@@ -69,7 +69,7 @@ def load_real_labels(path: pathlib.Path, source: Source, split: str) -> np.ndarr
     ValueError: the labels cannot be read, or belong to other images or classes.
   """
   name, classes = f'data.real_labels={path}', source.class_names
-  if not all(map(CLASS.fullmatch, classes)) or list(classes) != sorted(classes):
+  if not all(map(WORDNET_ID.fullmatch, classes)) or list(classes) != sorted(classes):
     raise ValueError(
       f"{name}: the numbers in this file stand for ImageNet's 1000 classes, sorted by name from "
       f'n01440764 to n15075141, but the data has the classes {", ".join(classes[:3])}, ...'
