@@ -18,7 +18,7 @@ from vit_jax.weights import hf, timm
 from vit_jax.weights.layouts import param_shapes
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Names of every ViT, EVA and DINOv3 of timm 1.0.31; the value is None if it cannot be loaded.
+# Names of every ViT, DeiT, EVA and DINOv3 of timm 1.0.31; the value is None if it cannot be loaded.
 TIMM_NAMES = ROOT / 'tests/fixtures/timm_names.json'
 PIXELS = 224
 

@@ -71,7 +71,7 @@ def timm_clip(tmp_path):
     model_args=sizes,
     pretrained_cfg=about,
   )
-  table = timm.timm_table(timm.arguments('timm', config), False, model.depth)
+  table = timm.timm_table(timm.arguments('timm', config), model.pool, False, model.depth)
   folder = tmp_path / 'timm_clip'
   folder.mkdir()
   save_file(write_params(table, params | {'head': head}), folder / 'model.safetensors')

@@ -363,6 +363,7 @@ TIMM = [
   {'pre_norm': True, 'act_layer': 'quick_gelu'},
   {'reg_tokens': 3},
   {'reg_tokens': 2, 'no_embed_class': True, 'init_values': 0.2},
+  {'architecture': 'deit3_small_patch16_224'},
   {'global_pool': 'avg', 'mlp_ratio': 2.572},
   {'global_pool': 'avg', 'fc_norm': False, 'class_token': False},
   {'global_pool': 'map', 'class_token': False, 'reg_tokens': 1, 'qk_norm': True},

@@ -13,22 +13,19 @@ import numpy as np
 from vit_jax.model import ViT
 from vit_jax.weights.formats import refuse
 from vit_jax.weights.hf_config import NOTHING, Kind, Top
-from vit_jax.weights.layouts import CONV, SAME, Layout, torch_fused, torch_linear, torch_norm
+from vit_jax.weights.layouts import (
+  CONV,
+  SAME,
+  TEACHER_BIAS,
+  TEACHER_KERNEL,
+  torch_fused,
+  torch_linear,
+  torch_norm,
+)
 
 # Fields of `Preprocessing`.
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CROPPED = IMAGENET | dict(interpolation='bicubic', crop=224 / 256)
-
-# The file has a classifier for each of two tokens, and their logits are averaged. Our model has one
-# classifier for the concatenated tokens, with halved weights. Halving is exact in floating point.
-TEACHER_KERNEL = Layout(
-  lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
-  lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
-)
-TEACHER_BIAS = Layout(
-  lambda theirs, shapes: [(theirs[0] + theirs[1]) / 2],
-  lambda ours: [ours[0], ours[0]],
-)
 
 
 def body(norms: tuple[str, str], mlp: list[tuple]) -> list[tuple]:

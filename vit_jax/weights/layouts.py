@@ -61,6 +61,17 @@ CONV = Layout(  # our kernel is `[h, w, C, D]`, PyTorch's is `[D, C, h, w]`
   lambda ours: [ours[0].transpose(3, 2, 0, 1)],
 )
 
+# The file has a classifier for each of two tokens, and their logits are averaged. Our model has one
+# classifier for the concatenated tokens, with halved weights. Halving is exact in floating point.
+TEACHER_KERNEL = Layout(
+  lambda theirs, shapes: [np.concatenate([x.T for x in theirs]) / 2],
+  lambda ours: [2 * half.T for half in np.split(ours[0], 2)],
+)
+TEACHER_BIAS = Layout(
+  lambda theirs, shapes: [(theirs[0] + theirs[1]) / 2],
+  lambda ours: [ours[0], ours[0]],
+)
+
 
 def linear(axes: int = 1) -> Layout:
   """Returns the layout of a PyTorch weight `[outputs, inputs]`, which is our kernel transposed.

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from vit_jax.model import ViT
 from vit_jax.names import choose, pair
-from vit_jax.weights import timm_clip, timm_names
+from vit_jax.weights import timm_heads, timm_names
 from vit_jax.weights.formats import (
   Preprocessing,
   Pretrained,
@@ -50,7 +50,6 @@ IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 # Rows of the name table for both classes of timm. Rows for parts that a model lacks are skipped.
 COMMON = [
   ('cls', 'cls_token', SAME),
-  ('registers', 'reg_token', SAME),
   ('pos_embedding', 'pos_embed', SAME),
   ('embedding/kernel', 'patch_embed.proj.weight', CONV),
   ('embedding/bias', 'patch_embed.proj.bias', SAME),
@@ -59,8 +58,6 @@ COMMON = [
   *torch_linear('block_{i}/attention/out', 'blocks.{i}.attn.proj', axes=2),
   *torch_norm('block_{i}/mlp_norm', 'blocks.{i}.norm2'),
   *torch_linear('block_{i}/mlp/down', 'blocks.{i}.mlp.fc2'),
-  *torch_linear('head', 'head'),
-  *timm_clip.ROWS,
 ]
 VIT = [  # additional rows for `VisionTransformer`
   *torch_fused('block_{i}/attention', ('query', 'key', 'value'), 'blocks.{i}.attn.qkv'),
@@ -109,13 +106,12 @@ SPLIT_MLP = [
 ]
 
 
-def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
+def timm_table(a: dict, pool: str, norm_after_pool: bool, depth: int) -> list[Row]:
   """Returns the name table (`layouts.py`) of a file.
 
   Args:
     a: arguments of timm's model.
-    norm_after_pool: whether the last norm follows the pooling.
-    depth: number of blocks.
+    pool, norm_after_pool, depth: attributes of `ViT`.
   """
   if 'swiglu_mlp' not in a:
     own, mlp = VIT, PACKED_MLP if a['mlp_layer'] else PLAIN_MLP
@@ -123,7 +119,8 @@ def timm_table(a: dict, norm_after_pool: bool, depth: int) -> list[Row]:
     packed = SPLIT_MLP if a['scale_mlp'] or a['swiglu_align_to'] else PACKED_MLP
     own, mlp = eva_rows(a), packed if a['swiglu_mlp'] else PLAIN_MLP
   norm = torch_norm('norm', 'fc_norm' if norm_after_pool else 'norm')
-  return rows([*COMMON, *own, *mlp, *norm], depth)
+  head = timm_heads.TWO_HEADS if pool == 'distilled' else timm_heads.ONE_HEAD
+  return rows([*COMMON, *own, *mlp, *norm, *head], depth)
 
 
 def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarray]) -> Weights:
@@ -136,16 +133,18 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   about = config.get('pretrained_cfg') or config  # older files have these keys at the top level
   a = arguments(origin, config)
   patch, image = (pair(a[name], f'{origin}: {name}') for name in ('patch_size', 'img_size'))
-  pool = choose(f'{origin}: global_pool', a['global_pool'], timm_names.POOLS)
+  pools = timm_heads.pools_of(config['architecture'])
+  pool = choose(f'{origin}: global_pool', a['global_pool'], pools)
   after_pool = next((a[x] for x in ('fc_norm', 'use_fc_norm') if a.get(x) is not None), None)
   after_pool = pool == 'gap' if after_pool is None else bool(after_pool)
   read_fields = timm_names.eva_fields if 'swiglu_mlp' in a else timm_names.vision_fields
   own = read_fields(a, origin)
+  own['num_registers'] += pool == 'distilled'  # the distillation token
   labels = about.get('label_names') or config.get('label_names') or about.get('labels') or None
   if not isinstance(labels, (list, type(None))):
     raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
   names = tuple(map(str, labels)) if labels else None
-  own |= timm_clip.head_fields(a['num_classes'] or None, arrays, own['pre_norm'], names)
+  own |= timm_heads.head_fields(a['num_classes'] or None, arrays, own['pre_norm'], names)
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
   fields = own | dict(
     patch_size=patch,
@@ -165,7 +164,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
   return Weights(
     origin=str(folder),
     arrays=arrays,
-    rows=timm_table(a, after_pool, fields['depth']),
+    rows=timm_table(a, pool, after_pool, fields['depth']),
     fields=fields,
     channels=a['in_chans'],
     preprocessing=Preprocessing(
@@ -260,7 +259,8 @@ def save_timm(
     model_args=model_args,
     pretrained_cfg=about,
   )
-  names = timm_table(arguments('timm', config), model.norm_after_pool, model.depth)
+  a = arguments('timm', config)
+  names = timm_table(a, model.pool, model.norm_after_pool, model.depth)
   save_file(write_params(names, params), folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 

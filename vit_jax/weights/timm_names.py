@@ -40,6 +40,7 @@ SIZES = {
   'giantopt': size(1536, 40, 16),
 }
 
+FAMILIES = {'vit': {}, 'deit': {}, 'deit3': dict(no_embed_class=True, init_values=1e-6)}
 CLIP = dict(pre_norm=True, norm_epsilon=1e-5)
 GAP = dict(class_token=False, global_pool='avg', fc_norm=False)
 SIGLIP = dict(class_token=False, global_pool='map')
@@ -71,8 +72,7 @@ BARE_GAP = GAP | dict(qkv_bias=False, init_values=1e-6)
 PLUS = size(896, 12, 14)
 PACKED = 'SwiGLUPacked'  # the gated MLP of `VisionTransformer`
 GATED = size(1536, 40, 24, mlp_ratio=2.66667 * 2, mlp_layer=PACKED, act_layer='silu')
-# Names that do not follow the rule "size, patch size, tags". A key includes the resolution if only
-# that resolution is an exception.
+# Names that do not follow the rule "size, patch size, tags"; some keys are for one resolution only.
 EXCEPTIONS = {
   'vit_base_patch16_224_miil': dict(qkv_bias=False),
   'vit_base_patch16_gap': GAP | dict(num_heads=16),
@@ -154,13 +154,13 @@ def arguments_of(name: str) -> dict | None:
     image = re.search(r'^eva02.*_(\d{3})$', name)
     found = EVAS[stem] | dict(patch_size=int(re.search(r'patch(\d+)', stem)[1]))
     return found | (dict(img_size=int(image[1])) if image else {})
-  match = re.fullmatch(r'vit_([a-z0-9]+)_patch(\d+)_?(\w*)', stem)
-  if not match or match[1] not in SIZES:
+  match = re.fullmatch(r'(vit|deit3?)_([a-z0-9]+)_(?:distilled_)?patch(\d+)_?(\w*)', stem)
+  if not match or match[2] not in SIZES:
     return None
-  own = EXCEPTIONS.get(name, EXCEPTIONS.get(stem, TAGS.get(match[3])))
+  own = EXCEPTIONS.get(name, EXCEPTIONS.get(stem, TAGS.get(match[4])))
   if own is None:
     return None
-  return SIZES[match[1]] | dict(patch_size=int(match[2])) | own
+  return SIZES[match[2]] | dict(patch_size=int(match[3])) | FAMILIES[match[1]] | own
 
 
 # Arguments of each class with their defaults. Arguments in `..._ONLY` must have the listed value.

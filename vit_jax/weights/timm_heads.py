@@ -1,16 +1,22 @@
-"""Recognises the projection of CLIP in timm's files, which store it as the head of a classifier.
+"""Arrays of the heads in timm's files: of classifiers, of DeiT's two classifiers, and of CLIP.
 
-Without this module, each dimension of CLIP's embedding would be read as the logit of a class.
+timm's files store the projection of CLIP as the head of a classifier. If it were not recognised,
+each dimension of CLIP's embedding would be read as the logit of a class.
 """
 
 from collections.abc import Mapping
+import re
 
 import numpy as np
 
-from vit_jax.weights.layouts import Layout
+from vit_jax.weights.layouts import SAME, TEACHER_BIAS, TEACHER_KERNEL, Layout, torch_linear
+from vit_jax.weights.timm_names import POOLS
 
-# Our projection has no bias. timm stores its kernel as `head.weight`, and adds a bias of zeros.
-ROWS = [
+# Rows of the name table. Our projection has no bias. timm stores its kernel as `head.weight`, and
+# adds a bias of zeros.
+ONE_HEAD = [
+  ('registers', 'reg_token', SAME),
+  *torch_linear('head', 'head'),
   (
     'projection/kernel',
     ('head.weight', 'head.bias'),
@@ -18,8 +24,18 @@ ROWS = [
       lambda theirs, shapes: [theirs[0].T],
       lambda ours: [ours[0].T, np.zeros(ours[0].shape[1], np.float32)],
     ),
-  )
+  ),
 ]
+TWO_HEADS = [  # timm's `VisionTransformerDistilled`; our distillation token is the first register
+  ('registers', 'dist_token', SAME),
+  ('head/kernel', ('head.weight', 'head_dist.weight'), TEACHER_KERNEL),
+  ('head/bias', ('head.bias', 'head_dist.bias'), TEACHER_BIAS),
+]
+
+
+def pools_of(name: str) -> dict[str, str]:
+  """Returns the poolings of an architecture: our names by timm's names."""
+  return {'token': 'distilled'} if re.match(r'deit_[a-z]+_distilled_', name) else POOLS
 
 
 def head_fields(
