@@ -453,6 +453,19 @@ def test_every_timm_argument_is_used_or_refused(changed, message, tmp_path):
     vit_jax.load(timm_folder(tmp_path, dict(model_args=ARGS | changed)))
 
 
+@pytest.mark.parametrize('changed, warns', [
+  ({}, True), (dict(tag='merged2b_ft_in1k'), False), (dict(label_names=list('abcd')), False),
+  (dict(num_classes=512), False),
+])  # fmt: skip
+def test_an_embedding_of_eva_clip_is_reported(changed, warns, tmp_path, caplog):
+  shutil.copytree(DATA / 'timm_eva02', tmp_path, dirs_exist_ok=True)
+  config = json.loads((tmp_path / 'config.json').read_text())
+  config['pretrained_cfg'] = dict(tag='merged2b', num_classes=4) | changed
+  (tmp_path / 'config.json').write_text(json.dumps(config))
+  reader.read_weights(str(tmp_path))
+  assert ('4 outputs of the head are an embedding of CLIP' in caplog.text) == warns
+
+
 def test_an_unknown_timm_architecture_is_refused(tmp_path):
   with pytest.raises(ValueError, match="unknown architecture 'vit_base_patch16_xp_224'"):
     vit_jax.load(timm_folder(tmp_path, dict(architecture='vit_base_patch16_xp_224')))

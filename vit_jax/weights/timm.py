@@ -1,8 +1,8 @@
 """Reads and writes timm's `VisionTransformer` and `Eva`: `model.safetensors` and `config.json`.
 
 Decisions:
-  * The arguments of timm's class come from the config's `model_args`. If an argument is missing
-    there, it comes from the architecture name (`timm_names.py`), or else from timm's defaults.
+  * The arguments of timm's class come from the config's `model_args`, else from the architecture
+    name (`timm_names.py`), else from timm's defaults.
   * A written config names an architecture that timm knows, and lists every argument, so that timm
     ignores the defaults of the architecture. A config has no arguments for the norm and the kind of
     gated MLP. So the named architecture must be one that has the right norm and MLP.
@@ -145,6 +145,7 @@ def read_timm(folder: pathlib.Path, config: dict, arrays: Mapping[str, np.ndarra
     raise TypeError(f'label_names: expected a list, got {type(labels).__name__}')
   names = tuple(map(str, labels)) if labels else None
   own |= timm_heads.head_fields(a['num_classes'] or None, arrays, own['pre_norm'], names)
+  timm_heads.warn_of_clip(origin, config['architecture'], about, own, bool(names))
   prefix = 'none' if a['no_embed_class'] else 'all' if own['num_registers'] else 'cls'
   fields = own | dict(
     patch_size=patch,
@@ -250,8 +251,7 @@ def save_timm(
     qkv_bias=model.qkv_bias,
   )
   about = pretrained_cfg(preprocessing, model_args['in_chans'], model.num_classes or 0)
-  if class_names:
-    about['label_names'] = list(class_names)
+  about |= {'label_names': list(class_names)} if class_names else {}
   config = dict(
     architecture=architecture,
     num_classes=model.num_classes or 0,
@@ -259,8 +259,8 @@ def save_timm(
     model_args=model_args,
     pretrained_cfg=about,
   )
-  a = arguments('timm', config)
-  names = timm_table(a, model.pool, model.norm_after_pool, model.depth)
+  facts = model.pool, model.norm_after_pool, model.depth
+  names = timm_table(arguments('timm', config), *facts)
   save_file(write_params(names, params), folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 

@@ -5,12 +5,15 @@ each dimension of CLIP's embedding would be read as the logit of a class.
 """
 
 from collections.abc import Mapping
+import logging
 import re
 
 import numpy as np
 
 from vit_jax.weights.layouts import SAME, TEACHER_BIAS, TEACHER_KERNEL, Layout, torch_linear
 from vit_jax.weights.timm_names import POOLS
+
+log = logging.getLogger(__name__)
 
 # Rows of the name table. Our projection has no bias. timm stores its kernel as `head.weight`, and
 # adds a bias of zeros.
@@ -60,3 +63,28 @@ def head_fields(
   bias = arrays.get('head.bias')
   projects = pre_norm and class_names is None and bias is not None and not np.any(bias)
   return dict(num_classes=None, projection=count) if projects else dict(num_classes=count)
+
+
+def warn_of_clip(
+  origin: str, architecture: str, about: Mapping, fields: Mapping, named: bool
+) -> None:
+  """Logs a warning if the head is the projection of an EVA-CLIP, which has a bias.
+
+  `ViT.projection` has no bias, so such a head is read as a classifier. Files of published
+  classifiers that were trained from a CLIP have `ft_` in their tag.
+
+  Args:
+    origin: path of the config, for the message.
+    architecture: timm's name of the model.
+    about: the config's `pretrained_cfg`.
+    fields: attributes of `ViT`.
+    named: whether the config names the classes.
+  """
+  count, tag = fields['num_classes'], about.get('tag') or ''
+  published = count is not None and not named and count == about.get('num_classes')
+  if published and tag and 'ft_' not in tag and re.match(r'eva\w*_clip_', architecture):
+    log.warning(
+      '%s: the %d outputs of the head are an embedding of CLIP, but they are read as the logits of '
+      'classes. Do not use them as predictions. Use the features before the head, with '
+      '--features=pooled, or fine-tune the weights, which replaces the head.', origin, count,
+    )  # fmt: skip
