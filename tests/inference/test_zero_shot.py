@@ -24,7 +24,7 @@ from vit_jax.evaluation import evaluate_checkpoint
 from vit_jax.inference import prediction
 from vit_jax.opening import Request
 from vit_jax.optim import TextClasses
-from vit_jax.weights import timm
+from vit_jax.weights import reader, timm
 from vit_jax.weights.formats import write_params
 from vit_jax.weights.hf_towers import MEAN, STD
 
@@ -88,6 +88,18 @@ def test_the_head_of_timms_clip_is_its_projection(timm_clip):
   loaded = inherit.with_classes(loaded, inherit.open_classes(DATA / 'hf_clip' / 'classes.npz'))
   logits_BL = run_model(loaded.model, loaded.params, image)
   np.testing.assert_allclose(logits_BL, stored('hf_clip')['logits'], atol=2e-5)
+
+
+@pytest.mark.parametrize('activation, tag, warns', [
+  ('', 'openai', True), ('', 'laion2b', False), ('quickgelu_', 'openai', False),
+])  # fmt: skip
+def test_a_clip_with_another_activation_is_reported(activation, tag, warns, timm_clip, caplog):
+  config = json.loads((timm_clip / 'config.json').read_text())
+  config['architecture'] = f'vit_base_patch32_clip_{activation}224'
+  config['pretrained_cfg']['tag'] = tag
+  (timm_clip / 'config.json').write_text(json.dumps(config))
+  reader.read_weights(str(timm_clip))
+  assert ('were trained with QuickGELU' in caplog.text) == warns
 
 
 def test_a_classifier_that_was_trained_from_timms_clip_keeps_its_head(timm_clip):

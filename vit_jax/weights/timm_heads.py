@@ -65,13 +65,17 @@ def head_fields(
   return dict(num_classes=None, projection=count) if projects else dict(num_classes=count)
 
 
+QUICK = ('openai', 'metaclip_400m', 'metaclip_2pt5b', 'dfn5b')  # tags of CLIPs with QuickGELU
+
+
 def warn_of_clip(
   origin: str, architecture: str, about: Mapping, fields: Mapping, named: bool
 ) -> None:
-  """Logs a warning if the head is the projection of an EVA-CLIP, which has a bias.
+  """Logs a warning if a CLIP of timm computes something else than the original or than classes.
 
-  `ViT.projection` has no bias, so such a head is read as a classifier. Files of published
-  classifiers that were trained from a CLIP have `ft_` in their tag.
+  The config of a CLIP with QuickGELU can name exact GELU. The projection of EVA-CLIP has a bias,
+  but `ViT.projection` has none, so such a head is read as a classifier. Published classifiers that
+  were trained from a CLIP have `ft_` in their tag.
 
   Args:
     origin: path of the config, for the message.
@@ -80,6 +84,11 @@ def warn_of_clip(
     fields: attributes of `ViT`.
     named: whether the config names the classes.
   """
+  if about.get('tag') in QUICK and fields['activation'] == 'gelu':
+    log.warning(
+      '%s: these weights were trained with QuickGELU, but the architecture has exact GELU, as in '
+      'timm. For the original outputs, use the architecture with quickgelu in its name.', origin,
+    )  # fmt: skip
   count, tag = fields['num_classes'], about.get('tag') or ''
   published = count is not None and not named and count == about.get('num_classes')
   if published and tag and 'ft_' not in tag and re.match(r'eva\w*_clip_', architecture):
