@@ -280,11 +280,13 @@ def test_a_crop_that_would_have_no_effect_is_refused(tmp_path, capsys):
 def test_weights_without_class_names_have_the_classes_of_the_data(workdir, tmp_path, caplog):
   exporting.export(workdir, 'npz', tmp_path)
   settings = {'data.source': 'synthetic', 'data.image_size': '8'}
-  request = opening.Request(init=str(tmp_path / 'model.npz'), overrides=settings)
-  found, wanted = exact.evaluate_checkpoint(request), vit_jax.evaluate(workdir, step='last')
+  found = vit_jax.evaluate(None, settings, init=tmp_path / 'model.npz')
+  wanted = vit_jax.evaluate(workdir, step='last')
   assert found['accuracy'] == wanted['accuracy'] > 0.5
   assert [*found['per_class']] == [*wanted['per_class']] != ['class 0', 'class 1']
   assert 'assumed to be in the order of the logits' in caplog.text
+  with pytest.raises(ValueError, match='set exactly one of them'):
+    vit_jax.evaluate(workdir, settings, init=tmp_path / 'model.npz')
 
 
 WORDS, IDS = ('tench, Tinca tinca', 'goldfish', 'cock'), ('n01440764', 'n01443537', 'n01514668')

@@ -6,7 +6,13 @@ from vit_jax.evaluation.answers import (
   score_examples,
   trust,
 )
-from vit_jax.evaluation.data import check_data_given, load_split, open_data, open_test
+from vit_jax.evaluation.data import (
+  check_data_given,
+  check_one_model,
+  load_split,
+  open_data,
+  open_test,
+)
 from vit_jax.evaluation.exact import INPUT, evaluate, evaluate_checkpoint, score_split
 from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
 from vit_jax.evaluation.few_shot import fewshot
@@ -25,6 +31,7 @@ __all__ = [
   'cached_features',
   'calibrate_run',
   'check_data_given',
+  'check_one_model',
   'compute_features',
   'coverage_curve',
   'evaluate',

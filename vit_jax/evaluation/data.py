@@ -31,6 +31,15 @@ from vit_jax.workdir import (
 log = logging.getLogger(__name__)
 
 
+def check_one_model(workdir: object, init: object) -> None:
+  """Raises ValueError unless exactly one of a workdir and published weights is given."""
+  if (workdir is None) == (not init):
+    raise ValueError(
+      f'got workdir={workdir!r} and init={str(init)!r}: set exactly one of them, and the other to '
+      'None. workdir is the folder of a run; init is a file, a folder or a Hugging Face Hub name.'
+    )
+
+
 def check_data_given(request: Request) -> None:
   """Raises ValueError if a request names weights with `init`, but does not name a dataset."""
   if request.init and 'data.source' not in request.overrides:

@@ -21,7 +21,13 @@ from vit_jax.evaluation.answers import (
   score_examples,
   trust,
 )
-from vit_jax.evaluation.data import check_data_given, load_split, load_validation, open_test
+from vit_jax.evaluation.data import (
+  check_data_given,
+  check_one_model,
+  load_split,
+  load_validation,
+  open_test,
+)
 from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
 from vit_jax.workdir import save_calibration, write_json
@@ -52,23 +58,30 @@ def score_split(
 
 
 def evaluate(
-  workdir: str | pathlib.Path,
+  workdir: str | pathlib.Path | None,
   overrides: Mapping[str, object] | None = None,
   *,
+  init: str | pathlib.Path = '',
   step: str | int = '',
+  classes: str | pathlib.Path | None = None,
   max_patches: int | None = None,
 ) -> dict[str, object]:
-  """Evaluates a checkpoint of a workdir on the split that `data.eval_split` names.
+  """Evaluates a model on the split that `data.eval_split` names.
 
       vit_jax.evaluate('runs/digits', step='last')['accuracy']
+      vit_jax.evaluate(None, {'data.source': 'folder:photos'}, init='ViT-B_16.npz')['accuracy']
 
-  The result is also written to `eval.json` in the workdir.
+  The result for a workdir is also written to `eval.json` in the workdir.
 
   Args:
-    workdir: folder of a training run.
-    overrides: dotted config keys and their values, e.g. `{'eval_batch_size': 64}`.
+    workdir: folder of a training run; None if `init` is given.
+    overrides: dotted config keys and their values, e.g. `{'eval_batch_size': 64}`. With `init`,
+      they must set `data.source`.
+    init: published weights, if there is no workdir: anything that `vit_jax.load` reads.
     step: checkpoint to evaluate: `best`, `last` or a number. The default is the checkpoint with the
       best validation accuracy, or the last one if no checkpoint has a validation accuracy.
+    classes: npz file with text embeddings of the classes, for weights of CLIP or SigLIP in `init`.
+      `optim/zero_shot.py` describes the file.
     max_patches: maximum number of patches of an image; each image then keeps its aspect ratio.
       None: all images are resized to `data.image_size`.
 
@@ -77,11 +90,19 @@ def evaluate(
     `accuracy` and further measures. `evaluate_checkpoint` describes all keys.
 
   Raises:
-    ValueError: the checkpoint does not exist, or the dataset or the overrides do not fit
-      the checkpoint.
+    ValueError: the weights do not exist, or the dataset or the overrides do not fit the weights. Or
+      both `workdir` and `init` are given, or neither is.
   """
+  check_one_model(workdir, init)
   start_up()
-  request = Request(to_path(workdir), '', str(step), overrides or {}, max_patches=max_patches)
+  request = Request(
+    None if workdir is None else to_path(workdir),
+    str(init),
+    str(step),
+    overrides or {},
+    zero_shot=None if classes is None else to_path(classes),
+    max_patches=max_patches,
+  )
   return evaluate_checkpoint(request)
 
 

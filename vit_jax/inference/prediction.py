@@ -12,7 +12,14 @@ import numpy as np
 from vit_jax import opening, progress
 from vit_jax.bucket import to_path
 from vit_jax.distributed import start_up
-from vit_jax.evaluation import PathLike, find_images, given_labels, map_files, probabilities
+from vit_jax.evaluation import (
+  PathLike,
+  check_one_model,
+  find_images,
+  given_labels,
+  map_files,
+  probabilities,
+)
 from vit_jax.model import unit, without_pool
 from vit_jax.names import check_positive, choose, one_line
 from vit_jax.opening import Request
@@ -58,11 +65,7 @@ def predict(
     ValueError: the weights or a folder do not exist, or the overrides do not fit the weights. Or
       both `workdir` and `init` are given, or neither is.
   """
-  if (workdir is None) == (not init):
-    raise ValueError(
-      f'got workdir={workdir!r} and init={str(init)!r}: set exactly one of them, and the other to '
-      'None. workdir is the folder of a run; init is a file, a folder or a Hugging Face Hub name.'
-    )
+  check_one_model(workdir, init)
   start_up()
   request = Request(
     None if workdir is None else to_path(workdir),
