@@ -1,15 +1,14 @@
 """Fine-tunes pretrained weights: `<model>,<dataset>` or `<model>,<dataset>,<recipe>`.
 
-        python main.py --config=configs/finetune.py:b16,cifar10 \\
+    python main.py --config=configs/finetune.py:b16,cifar10 \\
         --config.init=google/vit-base-patch16-224-in21k --workdir=runs/b16_c10
-
     python main.py --config=configs/finetune.py:b16,cifar10,adamw --config.init=... --workdir=...
     python main.py --config=configs/finetune.py:b16,cifar10,lora --config.init=... --workdir=...
 
 We have measured only `tiny,folder`: weights trained on Tiny-ImageNet were fine-tuned on CIFAR-10 at
 32 pixels for 10 epochs (results/transfer.json). The test accuracy is 75.8% with the default recipe,
 and 76.3% with the recipe `adamw`. With `configs/folder.py:tiny`, it was 78.0% from the same
-weights, and 61.1% from random weights. This config used AdamW then, and now uses Muon.
+weights, and 61.1% from random weights. `folder.py:tiny` used AdamW then, and now uses Muon.
 
 The default recipe, `sgd`, comes from the ViT paper (2010.11929, Table 4 and B.1.1):
   * SGD with momentum 0.9, batch size 512, no weight decay, gradients clipped to global norm 1;

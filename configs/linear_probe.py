@@ -1,6 +1,6 @@
 """Trains a linear classifier on a frozen backbone: `<model>,<dataset>`, as in `finetune.py`.
 
-        python main.py --config=configs/linear_probe.py:b16,cifar10 \\
+    python main.py --config=configs/linear_probe.py:b16,cifar10 \\
         --config.init=google/vit-base-patch16-224-in21k --workdir=runs/b16_c10_probe
 
 We have measured only `tiny`, with a head trained on CIFAR-10. The test accuracy was 62.2% with a

@@ -15,6 +15,7 @@ LESS = {  # {activity (the argument `what` of `memory_for`): remedy}
     'model.dtype=bfloat16.'
   ),
   'Reading images': 'Set data.cache=stream, or use a smaller split or data.image_size.',
+  'Decoding images': 'Use fewer data.threads or data.workers, or remove very large images.',
   'Evaluation': 'Set a smaller eval_batch_size.',
   'Feature extraction': 'Set a smaller eval_batch_size, or model.dtype=bfloat16.',
 }

@@ -45,10 +45,9 @@ def difference(ones: Sequence[str], others: Sequence[str]) -> str:
 def same_classes(own: Sequence[str] | None, given: Sequence[str]) -> bool:
   """Returns whether weights have the classes of the data in the same order.
 
-  Published ImageNet classifiers name their classes with words, but ImageNet's data uses WordNet IDs
-  such as n01440764. Sorted IDs have the order of these classifiers, so such names count as the
-  same; `assumed` warns of this. Words in alphabetical order do not, because they come from the
-  folders of another copy of the data.
+  Published ImageNet classifiers name their classes with words, and the first class is the tench.
+  ImageNet's data uses WordNet IDs, and the first is n01440764. Sorted IDs have the order of these
+  classifiers, so such names count as the same; `assumed` warns of this.
 
   Args:
     own: names of the classes of the weights; None if unknown.
@@ -56,9 +55,10 @@ def same_classes(own: Sequence[str] | None, given: Sequence[str]) -> bool:
   """
   if own is None or own == given:
     return own == given
-  words = not any(map(WORDNET_ID.fullmatch, own)) and list(own) != sorted(own)
-  ids = all(map(WORDNET_ID.fullmatch, given)) and list(given) == sorted(given)
-  return words and ids and len(own) == len(given)
+  if len(own) != len(given) or not own:
+    return False
+  tench = own[0].casefold().startswith('tench') and given[0] == 'n01440764'
+  return tench and all(map(WORDNET_ID.fullmatch, given)) and list(given) == sorted(given)
 
 
 def assumed(own: Sequence[str], given: Sequence[str]) -> str:

@@ -146,7 +146,7 @@ def choose_splits(config: ConfigDict, source: Source) -> tuple[str, str]:
   cases, and if there are too few images to hold some out, the validation split is empty.
   """
   train, val = config.data.train_split, config.data.val_split
-  # A folder such as val/ can be without images.
+  # A folder such as val/ can have no images.
   own = [name for name in VALIDATION if source.sizes.get(name) and name != config.data.eval_split]
   if val is None and own:
     return train or 'train', own[0]

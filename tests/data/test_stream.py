@@ -961,3 +961,18 @@ def test_part_of_a_stream_matches_the_examples_in_memory(photos):
   both, whole = stream.joined(stream), loaded.joined(loaded)
   np.testing.assert_array_equal(both.some(range(52)).image_NHWC, whole.image_NHWC)
   assert [a.tobytes() for _, a in both.content()] != [a.tobytes() for _, a in stream.content()]
+
+
+def test_opencvs_lack_of_memory_does_not_make_an_image_bad(monkeypatch, tmp_path):
+  error = image_lib.opencv().error('Insufficient memory')
+  error.code = -4
+
+  def fail(*_):
+    raise error
+
+  monkeypatch.setattr(image_lib.opencv(), 'imdecode', fail)
+  Image.new('RGB', (8, 8)).save(tmp_path / 'a.jpg')
+  with pytest.raises(MemoryError, match='Insufficient memory'):
+    image_lib.decode_part(
+      (tmp_path / 'a.jpg').read_bytes(), '', 3, lambda *size: (0, 0, *size), (4, 4)
+    )

@@ -295,7 +295,8 @@ WORDS, IDS = ('tench, Tinca tinca', 'goldfish', 'cock'), ('n01440764', 'n0144353
 @pytest.mark.parametrize('own, given, same', [
   (WORDS, IDS, True), (WORDS, WORDS, True), (WORDS, IDS[::-1], False), (WORDS, IDS[:2], False),
   (WORDS, ('n01440764', 'goldfish', 'n01514668'), False), (IDS, WORDS, False), (None, IDS, False),
-  (tuple(sorted(WORDS)), IDS, False),
+  (tuple(sorted(WORDS)), IDS, False), (('T-shirt/top', 'Trouser', 'Pullover'), IDS, False),
+  ((), (), True), ((), IDS, False),
 ])  # fmt: skip
 def test_words_name_the_classes_of_sorted_wordnet_ids(own, given, same):
   assert names.same_classes(own, given) == same

@@ -64,7 +64,7 @@ def timm_clip(tmp_path):
   params = dict(params)
   head = {'kernel': params.pop('projection')['kernel'], 'bias': np.zeros(12, np.float32)}
   sizes = dict(img_size=28, patch_size=7, embed_dim=24, depth=2, num_heads=3, mlp_ratio=32 / 24)
-  about = dict(input_size=[3, 28, 28], mean=MEAN, std=STD, crop_pct=1.0)
+  about = dict(input_size=[3, 28, 28], mean=MEAN, std=STD, crop_pct=1.0, num_classes=12)
   config = dict(
     architecture='vit_base_patch32_clip_quickgelu_224',
     num_classes=12,
@@ -90,13 +90,17 @@ def test_the_head_of_timms_clip_is_its_projection(timm_clip):
   np.testing.assert_allclose(logits_BL, stored('hf_clip')['logits'], atol=2e-5)
 
 
-@pytest.mark.parametrize('activation, tag, warns', [
-  ('', 'openai', True), ('', 'laion2b', False), ('quickgelu_', 'openai', False),
+@pytest.mark.parametrize('name, tag, published, warns', [
+  ('patch32_clip_224', 'openai', 12, True),
+  ('patch32_clip_224', 'laion400m_e32', 12, True),
+  ('patch16_clip_224', 'laion400m_e32', 12, False),
+  ('patch32_clip_quickgelu_224', 'openai', 12, False),
+  ('patch32_clip_224', 'openai', 512, False),  # fine-tuned on other classes
 ])  # fmt: skip
-def test_a_clip_with_another_activation_is_reported(activation, tag, warns, timm_clip, caplog):
+def test_a_clip_with_another_activation_is_reported(name, tag, published, warns, timm_clip, caplog):
   config = json.loads((timm_clip / 'config.json').read_text())
-  config['architecture'] = f'vit_base_patch32_clip_{activation}224'
-  config['pretrained_cfg']['tag'] = tag
+  config['architecture'] = f'vit_base_{name}'
+  config['pretrained_cfg'] |= dict(tag=tag, num_classes=published)
   (timm_clip / 'config.json').write_text(json.dumps(config))
   reader.read_weights(str(timm_clip))
   assert ('were trained with QuickGELU' in caplog.text) == warns

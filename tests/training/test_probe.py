@@ -22,7 +22,7 @@ from vit_jax import config as config_lib
 from vit_jax.data import batching
 from vit_jax.data.source import Source
 from vit_jax.distributed import cluster, devices, sharding
-from vit_jax.evaluation import exact, features
+from vit_jax.evaluation import answers, exact, features
 from vit_jax.experiment import assemble
 from vit_jax.inference import card
 from vit_jax.model import attention
@@ -62,6 +62,16 @@ def test_a_batch_of_features_is_not_split():
   found = probe.OnFeatures(**fields)
   assert exp.training_parts(devices.make_mesh(512)) > 1
   assert found.training_parts(devices.make_mesh(512)) == 1
+
+
+def test_an_evaluation_of_features_returns_no_features():
+  exp, _ = opening.from_config(small_config(**FROZEN))
+  fields = {field.name: getattr(exp, field.name) for field in dataclasses.fields(exp)}
+  found, mesh = probe.OnFeatures(**fields), devices.make_mesh(1)
+  batch = {'feature': jnp.ones((4, 16)), 'label': jnp.zeros(4, jnp.int32), 'mask': jnp.ones(4)}
+  params = {'head': {'kernel': jnp.ones((16, 10)), 'bias': jnp.zeros(10)}}
+  rows = answers.make_eval_step(found, mesh)(batch, params)
+  assert rows['logits'].shape == (4, 10) and 'feature' not in rows
 
 
 @pytest.mark.slow

@@ -872,7 +872,7 @@ def test_a_missing_image_processor_is_replaced_with_a_warning(caplog, tmp_path):
   vit_jax.load(hf_folder(tmp_path))
   (text,) = [row.getMessage() for row in caplog.records]
   assert text.startswith(f'{tmp_path}/preprocessor_config.json is missing. Using')
-  assert 'mean=(0.5,)' in text and "interpolation='bilinear'" in text
+  assert 'mean=(0.5,)' in text and 'interpolation=bilinear' in text
   caplog.clear()
   about = {'image_mean': [0.5], 'image_std': [0.5], 'size': 16}
   (tmp_path / 'preprocessor_config.json').write_text(json.dumps(about))

@@ -76,7 +76,7 @@ class Plan:
 
 
 class Split(Protocol):
-  """Interface of `memory.Examples` and `stream.Stream`: labelled examples, read in batches."""
+  """Interface of `Examples`, `Features` and `Stream`: labelled examples, read in batches."""
 
   label_N: np.ndarray  # class indices, int32, or multi-hot `[N, L]` uint8
 
@@ -101,10 +101,10 @@ def train_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields training batches without end. Each batch is a dict of global arrays.
 
-  A batch has `image` `[B, H, W, C]` uint8 and `label` `[B]` int32. If images can have several
-  labels, `label` is multi-hot, `[B, L]` uint8. If a stream replaces bad images (images that cannot
-  be decoded), a batch also has `bad` `[B]` int32. For each row, `bad` is the number of bad images
-  that were skipped to find a good image.
+  A batch has `image` `[B, H, W, C]` uint8 or `feature` `[B, D]` float32, and `label` `[B]` int32.
+  If images can have several labels, `label` is multi-hot, `[B, L]` uint8. If a stream replaces bad
+  images (images that cannot be decoded), a batch also has `bad` `[B]` int32. For each row, `bad` is
+  the number of bad images that were skipped to find a good image.
 
   Args:
     examples: the training split.
@@ -124,7 +124,7 @@ def eval_batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Yields batches of the same shape, which together hold each example of a split once, in order.
 
-  A batch has `image` and `label` as in `train_batches`, and `mask` `[B]` float32. `mask` is 1 in
+  A batch has the arrays of `train_batches`, and `mask` `[B]` float32. `mask` is 1 in
   rows to evaluate, and 0 in rows that are padding or replace a bad image.
 
   Args:

@@ -72,7 +72,7 @@ class Files:
   def fingerprint(self) -> str:
     """Returns 16 hex digits that identify the file paths, their labels and their order."""
     digest = hashlib.sha256()
-    label_N = self.label_N if self.label_N.ndim == 2 else self.label_N.tolist()  # saves memory
+    label_N = self.label_N if self.label_N.ndim == 2 else self.label_N.tolist()  # lists are larger
     for label, path in zip(label_N, self.path_N.tolist()):
       digest.update(b'%b %b\0' % (label_text(label).encode(), path))
     return digest.hexdigest()[:16]
@@ -295,6 +295,6 @@ def walk_images(root: pathlib.Path, passed_over: collections.Counter) -> Iterato
 
 def as_files(top: pathlib.Path, found: list[tuple[int, bytes, int]]) -> Files:
   """Converts a list of (hash, path, label) to `Files`, sorted by hash, then by path."""
-  hashes, paths, labels = zip(*sorted(found)) if found else ((), (), ())  # some share a hash
+  hashes, paths, labels = zip(*sorted(found)) if found else ((), (), ())
   arrays = np.array(paths, np.bytes_), np.array(labels, np.int32), np.array(hashes, np.uint64)
   return Files(top, *arrays)

@@ -113,12 +113,12 @@ def upright_size(encoded: bytes, name: object) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def refused(encoded: bytes, name: object) -> Iterator[None]:
-  """Context manager that converts every error but MemoryError into a `BadImage` for `name`."""
+  """Context manager that converts every error except lack of memory into a `BadImage`."""
   try:
     yield
-  except MemoryError:  # the file can be intact
-    raise
   except Exception as error:  # Pillow's decoders raise many kinds of errors
+    if isinstance(error, MemoryError) or getattr(error, 'code', None) == -4:  # of OpenCV
+      raise MemoryError(str(error)) from error  # the file can be intact
     reason = 'empty file' if not encoded else str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError) and encoded:
       reason = format_of(encoded)  # Pillow's own message contains a memory address
@@ -141,7 +141,7 @@ def convert(image: Image.Image, channels: int) -> Image.Image:
     raise ValueError('the range of its floating-point pixels is unknown')
   if image.mode.startswith('I'):  # 16-bit grey
     level = np.asarray(image).astype(np.float32)
-    level[level == image.info.get('transparency')] = 65535  # the new image has no transparency
+    level[level == image.info.get('transparency', -1)] = 65535  # the new image has no transparency
     image = Image.fromarray(np.clip(np.round(level / 257), 0, 255).astype(np.uint8))
   if image.has_transparency_data:
     image = image.convert('RGBA')

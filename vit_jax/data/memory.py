@@ -44,7 +44,7 @@ class InMemory(abc.ABC):
   @classmethod
   @abc.abstractmethod
   def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Self:
-    """Creates a split from arrays with the names of `arrays`."""
+    """Creates a split from a dict like the result of the method `arrays`."""
 
   def __len__(self) -> int:
     return len(self.label_N)
@@ -227,7 +227,7 @@ def excess(source: Source, names: Sequence[str], size: tuple[int, int], most: fl
     return ''
   return (
     f'{count:,} images of {size[0]}x{size[1]} need {bytes_ / 1e9:.1f} GB, more than half of the '
-    f'{most / 1e9:.1f} GB of memory that this process can use'
+    f'{most / 1e9:.1f} GB of memory that each process can use'
   )
 
 

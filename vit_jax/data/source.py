@@ -29,7 +29,10 @@ from vit_jax.data import splits
 Example = tuple[str, pathlib.Path | bytes | np.ndarray, int | np.ndarray]
 
 # Errors of the machine or the file system. The file can be intact, so it must not be skipped.
-MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
+MACHINE = (
+  errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ENOTCONN,
+  errno.ETIMEDOUT,
+)  # fmt: skip
 READ_AHEAD = 1024  # maximum number of encoded examples held at once
 
 
@@ -225,7 +228,8 @@ def read_file(path: pathlib.Path) -> bytes:
     return path.read_bytes()
   except OSError as error:
     if error.errno in MACHINE:
-      raise
+      reason = f'{error.strerror}. The file can be intact. Check the disk and `ulimit -n`'
+      raise OSError(error.errno, reason, str(path)) from error
     raise image_lib.BadImage(f'{path}: {error.strerror}.') from error
 
 

@@ -54,9 +54,9 @@ def look_up_source(spec: str, data_dir: str, image_size: tuple[int, int]) -> Sou
   if kind != 'tfds':
     return open_source(spec, data_dir, image_size)
   root = tfds.data_root(name, data_dir)
-  found = [tfds.find_builder(name, directory) for directory in (root, root / tfds.CONVERTED)]
+  found = [tfds.find_builder(name, directory) for directory in tfds.data_folders(name, root)]
   if not any(found):
-    tfds.check_known(name)
+    tfds.refuse_name(name)
   return tfds.tfds_source(name, max(filter(None, found), key=lambda one: len(one.info.splits)))
 
 
@@ -129,14 +129,15 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
   else:
     listed, share = list_tree(top if top.is_dir() else root, passed_over), folder_lib.HELD_OUT
     files = {'train': listed.within(share, 1.0), 'test': listed.within(0.0, share)}
-  more = repeated_names(np.concatenate([part.hash_N for part in files.values()])) or 'Add images'
   for split, part in files.items():
     if not len(part):
+      listed = np.concatenate([part.hash_N for part in files.values()])
+      divided = files['test'].span != (0.0, 1.0)  # by a hash
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
         'images for testing. With few images, one of the splits can be empty. '
-        f'{more}.'
+        f'{(divided and repeated_names(listed)) or "Add images"}.'
       )
   tops = {part.top for part in files.values()}
   unused = folder_lib.unused(root, tops, unread={root} - tops)
@@ -238,12 +239,12 @@ def source_of(found: folder_lib.Folder) -> Source:
 
 
 def uneven_split(files: Mapping[str, folder_lib.Files]) -> Iterator[str]:
-  """Yields a warning if shared file names make the part that a hash holds out small or large."""
+  """Yields a warning if a hash holds out far from `HELD_OUT`, because files share names."""
   train, test = files['train'], files['test']
   share, wanted = len(test) / (len(test) + len(train)), folder_lib.HELD_OUT
-  even = wanted / 2 <= share <= 3 * wanted / 2
-  repeated = repeated_names(np.concatenate([train.hash_N, test.hash_N]))
-  if test.span != (0.0, 1.0) and not even and repeated:
+  if test.span == (0.0, 1.0) or wanted / 2 <= share <= 3 * wanted / 2:
+    return
+  if repeated := repeated_names(np.concatenate([train.hash_N, test.hash_N])):
     yield (
       f'{train.top}: a hash of the file names holds out {share:.0%} of the images as the split '
       f"'test', instead of about {wanted:.0%}. {repeated}."

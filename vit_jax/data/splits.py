@@ -160,9 +160,12 @@ def position(hash_N: np.ndarray) -> np.ndarray:
 
 
 def repeated_names(hash_N: np.ndarray) -> str:
-  """Returns a sentence with a remedy if many files have the same hash as others, else ''."""
+  """Returns the reason and the remedy if more than a tenth of the files share a hash, else ''.
+
+  The text ends without a period.
+  """
   count = len(np.unique(hash_N))
-  if count > 0.9 * len(hash_N):
+  if count >= 0.9 * len(hash_N):
     return ''
   return (
     f'The {len(hash_N):,} images have only {count:,} different names, and images with the same '

@@ -7,8 +7,7 @@ Decisions:
   * A process decodes only the rows that its own devices hold. The random numbers of an example
     depend only on the seed and on the position of the example in the endless training sequence. So
     any number of processes makes the same batches.
-  * A random crop is taken from the file at full resolution, on the host. All other augmentations
-    run on the device.
+  * Random crops are taken on the host, at full resolution. The device does all other augmentation.
   * An image that cannot be decoded stops the run. With `skip_bad_images`, the next good example of
     the split replaces it. A run counts its replacements. Every run chooses the same replacements.
 """
@@ -25,6 +24,7 @@ import jax
 import numpy as np
 import PIL
 
+from vit_jax import limits
 from vit_jax.data import image as image_lib
 from vit_jax.data import splits
 from vit_jax.data.batching import Plan
@@ -176,6 +176,7 @@ class Stream:
         found[row] = example
     return found
 
+  @limits.memory_for('Decoding images')
   def rows(
     self, index_N: Sequence[int], uniform_N4: np.ndarray | None = None
   ) -> dict[str, np.ndarray]:
@@ -189,7 +190,7 @@ class Stream:
       uniform_N4: random numbers in [0, 1) for the crops (`image.random_part`); None: no crops.
     """
     row_N, draws = range(len(index_N)), uniform_N4
-    if draws is None:  # decode repeated examples, such as padding, only once
+    if draws is None:  # decode repeated examples, such as padding, only once per part
       (index_N, row_N), draws = np.unique(index_N, return_inverse=True), itertools.repeat(None)
     rows = [self.good(*row) for row in zip(fetched(self.read(index_N)), index_N, draws)]
     image, label, bad = zip(*(rows[i] for i in row_N))

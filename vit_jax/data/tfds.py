@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import NoReturn
 
 import jax
 
@@ -131,11 +132,10 @@ def prepared_builder(name: str, root: pathlib.Path):
   Raises:
     ValueError: the dataset is unknown, or cannot be prepared.
   """
-  converted = root / CONVERTED
   if not find_builder(name, root):
-    check_known(name)
+    refuse_name(name)
   for attempt in ('find', 'prepare'):
-    for directory in (root, converted):
+    for directory in data_folders(name, root):
       builder = find_builder(name, directory)
       if builder and builder.info.splits and builder.info.file_format.value == 'array_record':
         return builder
@@ -146,8 +146,14 @@ def prepared_builder(name: str, root: pathlib.Path):
         f'    tfds build {name} --file_format=array_record'
       )
     if attempt == 'find':
-      prepare(name, root, converted)
+      prepare(name, root, root / CONVERTED)
   raise AssertionError(f'{name} was prepared in {root} but cannot be found')
+
+
+def data_folders(name: str, root: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the folders that can have a dataset: `root` and, if it exists, the converted copy's."""
+  copies = root / CONVERTED
+  return [root, copies] if (copies / re.split('[/:]', name)[0]).exists() else [root]
 
 
 def find_builder(name: str, directory: pathlib.Path):
@@ -166,7 +172,7 @@ def find_builder(name: str, directory: pathlib.Path):
     raise ValueError(f'data.source: tfds:{name} cannot be opened: {error}') from error
 
 
-def check_known(name: str) -> None:
+def refuse_name(name: str) -> NoReturn:
   """Raises ValueError for a name that `find_builder` did not find; the message gives the reason."""
   import tensorflow_datasets
 
@@ -239,7 +245,7 @@ def convert_to_array_record(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def write_copy(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Does the work of `convert_to_array_record`; only one process at a time may call it."""
+  """Writes the converted copy of `source` to `target`. The caller must hold the lock."""
   from array_record.python import array_record_module
   import tensorflow as tf
 

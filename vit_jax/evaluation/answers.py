@@ -39,7 +39,7 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> E
 
   `batch` is a dict of arrays from `eval_batches`. `rows` is a dict of arrays with a row per image.
   `rows` contains the outputs that the config's `objective` defines, such as `logits` `[B, L]` and
-  `loss` `[B]`, and all arrays of `batch` except the images.
+  `loss` `[B]`, and all arrays of `batch` except images and features.
 
   Args:
     exp: the experiment.
@@ -49,7 +49,7 @@ def make_eval_step(exp: Experiment, mesh: jax.sharding.Mesh, held: int = 0) -> E
   """
 
   def answer(part, params):
-    rest = {name: array for name, array in part.items() if name != 'image'}
+    rest = {name: array for name, array in part.items() if name not in ('image', 'feature')}
     return rest | exp.objective.rows(exp, params, part)
 
   def build(parts):

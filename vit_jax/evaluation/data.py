@@ -44,8 +44,9 @@ def check_data_given(request: Request) -> None:
   """Raises ValueError if a request names weights with `init`, but does not name a dataset."""
   if request.init and 'data.source' not in request.overrides:
     raise ValueError(
-      f'--init={request.init} needs a dataset for this mode: add --config.data.source, e.g. '
-      'folder:photos. Or replace --init by --workdir=<run>, to use the weights and data of a run.'
+      f'init={request.init} needs a dataset here: set data.source, for example with '
+      '--config.data.source=folder:photos. Or give a workdir instead of init, to use the weights '
+      'and the data of a run.'
     )
 
 

@@ -69,7 +69,8 @@ def evaluate(
   """Evaluates a model on the split that `data.eval_split` names.
 
       vit_jax.evaluate('runs/digits', step='last')['accuracy']
-      vit_jax.evaluate(None, {'data.source': 'folder:photos'}, init='ViT-B_16.npz')['accuracy']
+      data = {'data.source': 'folder:imagenet'}
+      vit_jax.evaluate(None, data, init='google/vit-base-patch16-224')['accuracy']
 
   The result for a workdir is also written to `eval.json` in the workdir.
 

@@ -31,10 +31,10 @@ from vit_jax.training import (
   activations,
   estimated,
   forward_flops,
-  init_state,
   module_of,
   of_stages,
   runs_teacher,
+  state_shapes,
   work,
 )
 from vit_jax.weights import flatten_params
@@ -121,7 +121,7 @@ def measure(
   warmup = warmup_steps(config, examples, cycles[0] if cycles else steps) if examples else None
   training = Training(None, None, None, params=None, **recipe)
   exp = estimated(exp, training, mesh)
-  shapes = jax.eval_shape(lambda: init_state(exp, training, mesh))
+  shapes = state_shapes(exp, training, mesh)
   flops, train_flops = work(exp, shapes.params)
   one = of_stages(exp, recipe['stages'], shapes.params, train_flops)
   run_flops = config.batch_size * one if examples else None

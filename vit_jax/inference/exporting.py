@@ -106,10 +106,10 @@ def expected_grid(found: Weights) -> Adaptation:
   to = Adaptation(tuple(n // p for n, p in zip(size, model.patch_size)) if np.any(size) else None)
   if model.position == 'learned' and to.grid and found.grid not in (None, to.grid):
     log.warning(
-      'The position embeddings for %dx%d patches are resized (%s) to %dx%d patches, for the image '
-      'size of the preprocessing. To keep them, use vit_jax.load and vit_jax.save.',
-      *(*found.grid, to.resize, *to.grid),
-    )
+        'The position embeddings for %dx%d patches are resized (%s) to %dx%d patches, for the '
+        'image size of the preprocessing. To keep them, use vit_jax.load and vit_jax.save.',
+        *found.grid, to.resize, *to.grid,
+    )  # fmt: skip
   return to
 
 

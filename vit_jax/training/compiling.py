@@ -27,7 +27,7 @@ from vit_jax.experiment import Experiment, group
 from vit_jax.limits import OutOfMemory, gib
 from vit_jax.model import REMAT, flash, select_kernel
 from vit_jax.optim import Training
-from vit_jax.training.state import TrainState, init_state
+from vit_jax.training.state import TrainState, state_shapes
 from vit_jax.training.step import TrainStep, make_train_step
 from vit_jax.training.tracing import activations, model_flops, runs_teacher
 
@@ -133,7 +133,7 @@ def estimated(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -> E
   if budget is None or exp.parts:
     return exp
   longest = exp.at(patch_size=exp.patch_sizes[0])
-  need = estimator(longest, mesh, jax.eval_shape(lambda: init_state(exp, training, mesh)))
+  need = estimator(longest, mesh, state_shapes(exp, training, mesh))
   plans = possible_plans(longest, mesh)
   return planned(exp, next((plan for plan in plans if sum(need(plan)) <= budget), plans[-1]))
 

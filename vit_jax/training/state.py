@@ -76,7 +76,7 @@ def state_shapes(exp: Experiment, training: Training, mesh: jax.sharding.Mesh) -
   The leaves of the result are `jax.ShapeDtypeStruct`.
   """
   shapes = jax.eval_shape(initializer(exp, training))
-  described = lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
+  described = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
   return jax.tree.map(described, shapes, layout(mesh, shapes))
 
 

@@ -132,7 +132,7 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
 def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
   """Describes the first incorrect output or gradient of cuDNN; returns '' if all are correct.
 
-  If cuDNN raises an error, the result is the first line of its message.
+  If cuDNN raises an error, the result has the shape and the first line of its message.
 
   `shape` is the shape `[B, N, K, E]` of queries, keys and values with K heads of size E, and
   `dtype` is their type.
@@ -144,7 +144,7 @@ def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
     except (RuntimeError, ValueError) as error:
       if is_full(error):
         raise
-      return f'{where}: {str(error).splitlines()[0]}'
+      return f'{where}: {(str(error).splitlines() or [type(error).__name__])[0]}'
     for part, error in errors(computed, reference(given)).items():
       if not error <= TOLERANCE:  # also if it is NaN
         what = part if part == 'output' else f'gradient of the {part}'

@@ -5,8 +5,8 @@ Decisions:
     CLIP and SigLIP. `KINDS` has an entry for each `model_type`. A model consists of a body
     (embedding, encoder) and a top (e.g. a head).
   * DeiT's distillation token becomes our first register, with its own position embedding.
-  * Every field of a config is either used, or known not to affect the output. A config with any
-    other field is refused, and the error names the field, unless its value is None or False.
+  * A config is refused if it has a field that is neither used nor known to have no effect. The
+    error names the field. Private fields (`_x`), and fields that are None or False, are ignored.
 """
 
 from collections.abc import Mapping

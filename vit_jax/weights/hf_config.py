@@ -155,7 +155,7 @@ def complete(config: dict, kind: Kind, origin: str) -> dict:
 
 
 def check_fields(config: dict, known: Collection[str], origin: str) -> None:
-  """Raises ValueError for fields that are not known, `NEUTRAL`, private (`_x`), None or False."""
+  """Raises ValueError for unknown fields, unless they are private (`_x`), None or False."""
   odd = {name for name, x in config.items() if not (x is None or x is False or name[:1] == '_')}
   if unknown := sorted(odd - set(known) - NEUTRAL):
     raise ValueError(f'{origin}: unsupported fields: {", ".join(unknown)}.')
@@ -190,7 +190,8 @@ def preprocessing(
   path, p = find_processor(folder)
   if p is None:
     found = Preprocessing(size, **kind.prepared)
-    log.warning('%s is missing. Using the usual %s for this kind of model.', path, found)
+    facts = (f'{k}={v}' for k, v in dataclasses.asdict(found).items() if v is not None)
+    log.warning('%s is missing. Using the preprocessing %s.', path, ', '.join(facts))
     return found
   try:
     found = processing(kind.processor | p, size, str(path))

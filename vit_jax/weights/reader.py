@@ -110,7 +110,8 @@ def read_place(place: pathlib.Path, origin: str) -> Weights:
   if not place.is_dir():
     raise ValueError(f'{place}: expected an .npz file, a .safetensors file or a folder.')
   names, kinds = sorted(p.name for p in place.iterdir()), {p.suffix for p in place.iterdir()}
-  hint = f' Pickled {REFUSED}' if 'config.json' in names or kinds & PICKLES else ''
+  bare = 'config.json' in names and set(names) <= set(FILES)  # a repository without safetensors
+  hint = f' Pickled {REFUSED}' if bare or kinds & PICKLES else ''
   hint = ' The file config.json is missing.' if '.safetensors' in kinds else hint
   raise ValueError(
     f'{origin}: found no weights. Expected checkpoints/, or config.json with *.safetensors, or one '
@@ -269,10 +270,8 @@ def download(name: str) -> pathlib.Path:
     folder = snapshot_download(name, allow_patterns=[*FILES, INDEX, 'model-*.safetensors', '*.npz'])
   except Exception as error:  # the Hub's client raises many types of errors
     reason = ' '.join(str(error).split()) or type(error).__name__  # it has several lines
-    raise ValueError(
-      f'{name}: no such file or folder, and the Hugging Face Hub repository of this name could not '
-      f'be downloaded: {reason}'
-    ) from error
+    where = 'no such file or folder, and the Hugging Face Hub repository of this name'
+    raise ValueError(f'{name}: {where} could not be downloaded: {reason}') from error
   return pathlib.Path(folder)
 
 

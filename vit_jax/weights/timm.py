@@ -259,8 +259,8 @@ def save_timm(
     model_args=model_args,
     pretrained_cfg=about,
   )
-  facts = model.pool, model.norm_after_pool, model.depth
-  names = timm_table(arguments('timm', config), *facts)
+  own = arguments('timm', config)
+  names = timm_table(own, model.pool, model.norm_after_pool, model.depth)
   save_file(write_params(names, params), folder / 'model.safetensors', metadata={'format': 'pt'})
   (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 

@@ -1,7 +1,8 @@
 """Arrays of the heads in timm's files: of classifiers, of DeiT's two classifiers, and of CLIP.
 
 timm's files store the projection of CLIP as the head of a classifier. If it were not recognised,
-each dimension of CLIP's embedding would be read as the logit of a class.
+each dimension of CLIP's embedding would be read as the logit of a class. Warnings name the CLIP
+models whose outputs are not what a user expects.
 """
 
 from collections.abc import Mapping
@@ -34,6 +35,11 @@ TWO_HEADS = [  # timm's `VisionTransformerDistilled`; our distillation token is 
   ('head/kernel', ('head.weight', 'head_dist.weight'), TEACHER_KERNEL),
   ('head/bias', ('head.bias', 'head_dist.bias'), TEACHER_BIAS),
 ]
+# Names, with their tag, that timm's sources mark as natively QuickGELU.
+QUICK = re.compile(
+  r'.*_clip_\d+\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)'
+  r'|vit_large_patch14_clip_224\.dfn2b|vit_base_patch32_clip_224\.laion400m_e32'
+)
 
 
 def pools_of(name: str) -> dict[str, str]:
@@ -65,13 +71,10 @@ def head_fields(
   return dict(num_classes=None, projection=count) if projects else dict(num_classes=count)
 
 
-QUICK = ('openai', 'metaclip_400m', 'metaclip_2pt5b', 'dfn5b')  # tags of CLIPs with QuickGELU
-
-
 def warn_of_clip(
   origin: str, architecture: str, about: Mapping, fields: Mapping, named: bool
 ) -> None:
-  """Logs a warning if a CLIP of timm computes something else than the original or than classes.
+  """Logs a warning if a CLIP has another activation than in training, or outputs no logits.
 
   The config of a CLIP with QuickGELU can name exact GELU. The projection of EVA-CLIP has a bias,
   but `ViT.projection` has none, so such a head is read as a classifier. Published classifiers that
@@ -84,16 +87,20 @@ def warn_of_clip(
     fields: attributes of `ViT`.
     named: whether the config names the classes.
   """
-  if about.get('tag') in QUICK and fields['activation'] == 'gelu':
+  classes, tag = fields['num_classes'], about.get('tag') or ''
+  count = classes or fields.get('projection')
+  if named or not count or count != about.get('num_classes'):
+    return  # fine-tuned: timm then keeps the tag of the published weights
+  if QUICK.fullmatch(f'{architecture}.{tag}'):
     log.warning(
-      '%s: these weights were trained with QuickGELU, but the architecture has exact GELU, as in '
-      'timm. For the original outputs, use the architecture with quickgelu in its name.', origin,
+      '%s: these weights were trained with QuickGELU, but the architecture %s has exact GELU, as '
+      'in timm. For the original outputs, copy the files into a folder, and write %s as '
+      '"architecture" in config.json.',
+      origin, architecture, architecture.replace('_clip_', '_clip_quickgelu_'),
     )  # fmt: skip
-  count, tag = fields['num_classes'], about.get('tag') or ''
-  published = count is not None and not named and count == about.get('num_classes')
-  if published and tag and 'ft_' not in tag and re.match(r'eva\w*_clip_', architecture):
+  if classes and tag and 'ft_' not in tag and re.match(r'eva\w*_clip_', architecture):
     log.warning(
       '%s: the %d outputs of the head are an embedding of CLIP, but they are read as the logits of '
       'classes. Do not use them as predictions. Use the features before the head, with '
-      '--features=pooled, or fine-tune the weights, which replaces the head.', origin, count,
+      '--features=pooled, or fine-tune the weights, which replaces the head.', origin, classes,
     )  # fmt: skip

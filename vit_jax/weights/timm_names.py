@@ -155,7 +155,7 @@ def arguments_of(name: str) -> dict | None:
     found = EVAS[stem] | dict(patch_size=int(re.search(r'patch(\d+)', stem)[1]))
     return found | (dict(img_size=int(image[1])) if image else {})
   match = re.fullmatch(r'(vit|deit3?)_([a-z0-9]+)_(?:distilled_)?patch(\d+)_?(\w*)', stem)
-  if not match or match[2] not in SIZES:
+  if not match or match[2] not in SIZES or ('_distilled_' in name and match[1] != 'deit'):
     return None
   own = EXCEPTIONS.get(name, EXCEPTIONS.get(stem, TAGS.get(match[4])))
   if own is None:
