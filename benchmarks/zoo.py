@@ -190,8 +190,9 @@ def tables() -> str:
   lines += ['\n## timm\n']
   lines += [
     f'This project can load models with {len(known)} architecture names of timm. The Hub names of '
-    'the published weights are `timm/<name>.<tag>`, with a name from this table. The Hub names lack `quickgelu_`. A folder that '
-    'timm saved can have any architecture name if its `config.json` contains `model_args`. '
+    'the published weights are `timm/<name>.<tag>`, with a name from this table. The Hub names '
+    'lack `quickgelu_`. A folder that timm saved can have any architecture name if its '
+    '`config.json` contains `model_args`. '
     '`test_timms_names_stand_for_its_arguments` checks that the dimensions for every name are the '
     'same as in timm. The tests `test_timm` and `test_timm_eva`, and the tests with the fixtures '
     '`timm_*`, compare outputs with timm.\n',
