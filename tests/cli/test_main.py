@@ -94,7 +94,7 @@ def test_eval_warns_about_keys_that_only_training_reads(capsys, trained):
 @pytest.mark.parametrize('flags', [['eval'], ['fewshot'], ['fewshot', '--out=o']])
 def test_weights_in_init_need_a_dataset(capsys, trained, flags):
   message = error(capsys, f'--mode={flags[0]}', *flags[1:], f'--init={trained[0]}')
-  assert 'needs a dataset' in message and 'replace --init by --workdir=' in message
+  assert 'needs a dataset' in message and 'Or give a workdir instead of init' in message
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(capsys, tmp_path):
