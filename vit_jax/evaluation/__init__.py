@@ -8,10 +8,10 @@ from vit_jax.evaluation.answers import (
 )
 from vit_jax.evaluation.data import (
   check_data_given,
-  check_one_model,
   load_split,
   open_data,
   open_test,
+  request_for,
 )
 from vit_jax.evaluation.exact import INPUT, evaluate, evaluate_checkpoint, score_split
 from vit_jax.evaluation.features import cached_features, compute_features, make_feature_step
@@ -31,7 +31,6 @@ __all__ = [
   'cached_features',
   'calibrate_run',
   'check_data_given',
-  'check_one_model',
   'compute_features',
   'coverage_curve',
   'evaluate',
@@ -50,6 +49,7 @@ __all__ = [
   'quality',
   'read_image',
   'reliability',
+  'request_for',
   'score_examples',
   'score_split',
   'summarize',

@@ -1,10 +1,12 @@
 """Opens splits for a trained model, with images resized as in the training of this model."""
 
+from collections.abc import Mapping
 import dataclasses
 import logging
 import pathlib
 
 from vit_jax import config as config_lib
+from vit_jax.bucket import to_path
 from vit_jax.data import (
   Source,
   Split,
@@ -31,13 +33,34 @@ from vit_jax.workdir import (
 log = logging.getLogger(__name__)
 
 
-def check_one_model(workdir: object, init: object) -> None:
-  """Raises ValueError unless exactly one of a workdir and published weights is given."""
+def request_for(
+  workdir: str | pathlib.Path | None,
+  init: str | pathlib.Path,
+  step: str | int,
+  overrides: Mapping[str, object] | None,
+  classes: str | pathlib.Path | None,
+  max_patches: int | None,
+) -> Request:
+  """Returns the request for a model that is named by the arguments of a public function.
+
+  `vit_jax.evaluate` and `vit_jax.predict` describe the arguments.
+
+  Raises:
+    ValueError: both `workdir` and `init` are given, or neither is.
+  """
   if (workdir is None) == (not init):
     raise ValueError(
       f'got workdir={workdir!r} and init={str(init)!r}: set exactly one of them, and the other to '
       'None. workdir is the folder of a run; init is a file, a folder or a Hugging Face Hub name.'
     )
+  return Request(
+    None if workdir is None else to_path(workdir),
+    str(init),
+    str(step),
+    overrides or {},
+    zero_shot=None if classes is None else to_path(classes),
+    max_patches=max_patches,
+  )
 
 
 def check_data_given(request: Request) -> None:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from vit_jax import limits, opening, storage
-from vit_jax.bucket import to_path
 from vit_jax.data import Split, identity
 from vit_jax.distributed import check_same, inference_mesh, is_first, replicate, start_up
 from vit_jax.evaluation.answers import (
@@ -23,10 +22,10 @@ from vit_jax.evaluation.answers import (
 )
 from vit_jax.evaluation.data import (
   check_data_given,
-  check_one_model,
   load_split,
   load_validation,
   open_test,
+  request_for,
 )
 from vit_jax.evaluation.real import real_labels
 from vit_jax.opening import Request
@@ -94,16 +93,8 @@ def evaluate(
     ValueError: the weights do not exist, or the dataset or the overrides do not fit the weights. Or
       both `workdir` and `init` are given, or neither is.
   """
-  check_one_model(workdir, init)
+  request = request_for(workdir, init, step, overrides, classes, max_patches)
   start_up()
-  request = Request(
-    None if workdir is None else to_path(workdir),
-    str(init),
-    str(step),
-    overrides or {},
-    zero_shot=None if classes is None else to_path(classes),
-    max_patches=max_patches,
-  )
   return evaluate_checkpoint(request)
 
 

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax import opening, progress
-from vit_jax.bucket import to_path
 from vit_jax.distributed import start_up
 from vit_jax.evaluation import (
   PathLike,
-  check_one_model,
   find_images,
   given_labels,
   map_files,
   probabilities,
+  request_for,
 )
 from vit_jax.model import unit, without_pool
 from vit_jax.names import check_positive, choose, one_line
@@ -65,16 +64,8 @@ def predict(
     ValueError: the weights or a folder do not exist, or the overrides do not fit the weights. Or
       both `workdir` and `init` are given, or neither is.
   """
-  check_one_model(workdir, init)
+  request = request_for(workdir, init, step, overrides, classes, max_patches)
   start_up()
-  request = Request(
-    None if workdir is None else to_path(workdir),
-    str(init),
-    str(step),
-    overrides or {},
-    zero_shot=None if classes is None else to_path(classes),
-    max_patches=max_patches,
-  )
   return predict_files(request, images, topk)
 
 

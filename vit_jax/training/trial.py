@@ -141,10 +141,10 @@ def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
     given, where = draw(shape, dtype, factor, offset), f'shape {"x".join(map(str, shape))}'
     try:
       computed = jax.block_until_ready(value_and_gradients(flash)(*given))
-    except (RuntimeError, ValueError) as error:
-      if is_full(error):
+    except (RuntimeError, ValueError) as failure:
+      if is_full(failure):
         raise
-      return f'{where}: {(str(error).splitlines() or [type(error).__name__])[0]}'
+      return f'{where}: {(str(failure).splitlines() or [type(failure).__name__])[0]}'
     for part, error in errors(computed, reference(given)).items():
       if not error <= TOLERANCE:  # also if it is NaN
         what = part if part == 'output' else f'gradient of the {part}'
