@@ -24,9 +24,9 @@ import pytest
 
 from tests.conftest import DATA, ROOT
 from vit_jax import limits, progress
-from vit_jax.data import folder as folder_lib
 from vit_jax.data import image as image_lib
 from vit_jax.data import loading, memory, sources, splits, stream, tfds
+from vit_jax.data.folder import Files
 from vit_jax.data.source import Source, unlabelled
 
 SIZES = {'train': 100, 'test': 20}
@@ -235,7 +235,7 @@ def test_folder_without_held_out_images_is_refused(tmp_path):
   touch(tmp_path, ['a/a0.jpg', 'b/b1.jpg'])
   with pytest.raises(ValueError, match='no test images.*Add images, or divide them'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
-  held_out = next(f'{i}.jpg' for i in range(99) if folder_lib.hash_name(f'{i}.jpg') / 2**64 < 0.2)
+  held_out = next(f'{i}.jpg' for i in range(99) if splits.hash_name(f'{i}.jpg') / 2**64 < 0.2)
   touch(tmp_path, [f'c/{held_out}'])
   with pytest.raises(ValueError, match='all images of class c are held out'):
     sources.open_source(f'folder:{tmp_path}', '', (4, 4))
@@ -787,7 +787,7 @@ def test_a_fingerprint_of_many_labels_needs_little_memory():
   draw = np.random.RandomState(0)
   label_NL = (draw.rand(500, 2000) < 0.002).astype(np.uint8)
   paths = [f'{i}.jpg'.encode() for i in range(500)]
-  files = folder_lib.Files(None, np.array(paths), label_NL, np.arange(500, dtype=np.uint64))
+  files = Files(None, np.array(paths), label_NL, np.arange(500, dtype=np.uint64))
   digest = hashlib.sha256()
   for path, label_L in zip(paths, label_NL):
     digest.update(','.join(map(str, np.flatnonzero(label_L))).encode() + b' ' + path + b'\0')

@@ -11,8 +11,7 @@ import pytest
 
 from tests.conftest import small_config
 from vit_jax import cli, evaluation, opening
-from vit_jax.data import folder as folder_lib
-from vit_jax.data import num_examples, sources
+from vit_jax.data import num_examples, sources, splits
 from vit_jax.evaluation import data, exact, few_shot
 from vit_jax.figures import subject as subject_lib
 from vit_jax.training import trainer
@@ -65,7 +64,7 @@ def files_of(folder, split):
 def test_a_checkpoint_keeps_the_names_of_training_files(run):
   photos, workdir = run
   names = trained.training_files_of(workdir)
-  wanted = [folder_lib.hash_name(file.name) for file in files_of(photos, 'train')]
+  wanted = [splits.hash_name(file.name) for file in files_of(photos, 'train')]
   np.testing.assert_array_equal(names.own_N, np.array(sorted(wanted), np.uint64))
   assert names.own_N.dtype == np.uint64 and not len(names.inherited_N)
 
@@ -186,7 +185,7 @@ def test_names_with_known_content_are_inherited_over_any_number_of_runs(tmp_path
   source = sources.open_source(f'folder:{tmp_path}', '', (8, 8))
   earlier = trained.TrainingFiles(shared_N=np.array([5], np.uint64))
   found = trained.hash_training_files(source, ['train'], earlier)
-  own = {folder_lib.hash_name(f'{name}2.png') for name in CLASSES}
+  own = {splits.hash_name(f'{name}2.png') for name in CLASSES}
   assert set(found.shared_N.tolist()) == own | {5}
 
 
@@ -275,8 +274,8 @@ def test_classes_with_a_word_like_a_split_are_accepted(tmp_path):
 
 
 def test_case_and_unicode_form_of_a_name_do_not_matter():
-  assert folder_lib.hash_name('Bäume_1.JPG') == folder_lib.hash_name('Ba\u0308ume_1.jpg')
-  assert folder_lib.hash_name('a/1.jpg') != folder_lib.hash_name('b/1.jpg')
+  assert splits.hash_name('Bäume_1.JPG') == splits.hash_name('Ba\u0308ume_1.jpg')
+  assert splits.hash_name('a/1.jpg') != splits.hash_name('b/1.jpg')
 
 
 def test_sweep_also_keeps_the_names_of_its_validation_split(tmp_path):

@@ -1,7 +1,7 @@
 """Opens datasets, and reads their splits in batches."""
 
 from vit_jax.data.batching import Plan, Split, eval_batches, train_batches
-from vit_jax.data.folder import Files, count_labels, is_searched
+from vit_jax.data.folder import Files, is_searched
 from vit_jax.data.image import (
   EXTENSIONS,
   INTERPOLATIONS,
@@ -13,6 +13,7 @@ from vit_jax.data.image import (
   open_header,
   save_png,
 )
+from vit_jax.data.label_rows import count_labels
 from vit_jax.data.loading import Reading, decide_cache, differs, open_split, report_split
 from vit_jax.data.memory import Examples, Features, check_memory, common_size
 from vit_jax.data.source import (

@@ -23,8 +23,9 @@ import numpy as np
 
 from vit_jax import bucket, progress
 from vit_jax.data import image as image_lib
-from vit_jax.data.label_rows import label_text
-from vit_jax.data.splits import TEST_NAMES, hash_name, position, repeated_names, split_like
+from vit_jax.data import splits
+from vit_jax.data.label_rows import count_labels, label_text
+from vit_jax.data.splits import TEST_NAMES
 from vit_jax.names import abridged, choose
 
 HELD_OUT = 0.2  # fraction of the files that are held out for testing if there is no test folder
@@ -58,16 +59,25 @@ class Files:
     return len(self.hash_N)
 
   @property
+  def by_hash(self) -> bool:
+    """Whether positions, and not a folder or a label file, selected the files."""
+    return self.span != (0.0, 1.0)
+
+  @property
   def position_N(self) -> np.ndarray:
     """`splits.position` of each file, increasing; rescaled so that `span` becomes [0, 1)."""
     low, high = self.span
-    return (position(self.hash_N) - low) / (high - low)
+    return (splits.position(self.hash_N) - low) / (high - low)
 
   def within(self, low: float, high: float) -> 'Files':
     """Returns the files whose hashes have a `position` in [low, high)."""
-    start, stop = np.searchsorted(position(self.hash_N), (low, high))
+    start, stop = np.searchsorted(splits.position(self.hash_N), (low, high))
     arrays = (array[start:stop] for array in (self.path_N, self.label_N, self.hash_N))
     return Files(self.top, *arrays, (low, high))
+
+  def hold_out(self) -> dict[str, 'Files']:
+    """Divides the files by their positions into the splits `train` and `test`."""
+    return {'train': self.within(HELD_OUT, 1.0), 'test': self.within(0.0, HELD_OUT)}
 
   def fingerprint(self) -> str:
     """Returns 16 hex digits that identify the file paths, their labels and their order."""
@@ -87,13 +97,6 @@ class Folder:
   warnings: tuple[str, ...]
 
 
-def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
-  """Returns the number of images of each class: `[L]`. Labels are class indices or multi-hot."""
-  if label_N.ndim == 2:
-    return label_N.sum(axis=0, dtype=np.int64)
-  return np.bincount(label_N, minlength=num_classes)
-
-
 def open_folder(root: pathlib.Path) -> Folder:
   """Lists the images of each split of the folder `root`.
 
@@ -108,7 +111,7 @@ def open_folder(root: pathlib.Path) -> Folder:
       without a training image, or no test images.
   """
   split = (root / 'train').is_dir()
-  held_out = [name for name in TEST_NAMES if split and (root / name).is_dir()]
+  held_out = splits.test_splits([name for name in TEST_NAMES if split and (root / name).is_dir()])
   top = root / 'train' if split else root
   class_names = tuple(sorted({unicodedata.normalize('NFC', name) for name in subfolders(top)}))
   passed_over = collections.Counter()
@@ -120,18 +123,15 @@ def open_folder(root: pathlib.Path) -> Folder:
       'expected at least two. Store images as <path>/<class>/*.jpg, or as '
       '<path>/train/<class>/*.jpg and <path>/test/<class>/*.jpg.'
     )
-  if (names := split_like(class_names)) and not split:
+  if (names := splits.split_like(class_names)) and not split:
     raise ValueError(
       f'{root}: expected classes, found names of splits: {abridged(names)}. Name the training '
       f'split train/, and the test split {"/ or ".join(TEST_NAMES)}/, each with a folder per class.'
     )
   listed = list_files(top, class_names, passed_over)
-  files = {'train': listed}
-  if held_out:  # the first folder is the split `test`, even if the folder has another name
-    for name, folder in zip(['test', *held_out[1:]], held_out):
-      files[name] = list_files(root / folder, class_names, passed_over)
-  else:
-    files = {'train': listed.within(HELD_OUT, 1.0), 'test': listed.within(0.0, HELD_OUT)}
+  files = {'train': listed} if held_out else listed.hold_out()
+  for name, folder in held_out.items():
+    files[name] = list_files(root / folder, class_names, passed_over)
   check_classes(root, class_names, listed, files)
   return Folder(class_names, files, tuple(warnings(root, class_names, files, passed_over)))
 
@@ -158,17 +158,17 @@ def check_classes(
       f'{root}: no images for class {abridged(absent)} (looked for '
       f'{", ".join(image_lib.EXTENSIONS)}). Add images, or remove the folder.'
     )
-  more = MORE.format(repeated_names(listed.hash_N) or 'Add images')
+  more = MORE.format(splits.repeated_names(listed.hash_N) or 'Add images')
   if absent := without(class_names, files['train']):
     raise ValueError(
       f'{root}: all images of class {abridged(absent)} are held out for testing. A hash of the '
       f'file name selects {HELD_OUT:.0%} of the files on average, sometimes all in a class. {more}'
     )
   if not len(test := files['test']):
-    if test.span == (0.0, 1.0):  # `test.top` is a test folder
-      how = f'Test images must be in {test.top}/<class>/. {NO_LABELS.format(name=test.top.name)}'
-    else:
+    if test.by_hash:
       how = f'A hash of the file name selects {HELD_OUT:.0%} of the files on average. {more}'
+    else:
+      how = f'Test images must be in {test.top}/<class>/. {NO_LABELS.format(name=test.top.name)}'
     raise ValueError(f'{test.top}: no test images. {how}')
 
 
@@ -269,7 +269,7 @@ def list_files(
   with progress.announced(f'Listing the images in {top} ...'):
     for name, label in label_of.items():
       for below in walk_images(top / name, passed_over):
-        found.append((hash_name(below), os.fsencode(f'{name}/{below}'), label))
+        found.append((splits.hash_name(below), os.fsencode(f'{name}/{below}'), label))
   return as_files(top, found)
 
 

@@ -208,3 +208,10 @@ def make_row(file: pathlib.Path, line: int, values: Mapping[str, str | list[str]
 def label_text(label: int | Sequence[int]) -> str:
   """Returns a label as text: its class index or, for a multi-hot label, all indices, e.g. `1,4`."""
   return str(label) if isinstance(label, int) else ','.join(map(str, np.flatnonzero(label)))
+
+
+def count_labels(label_N: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns the number of images of each class: `[L]`. Labels are class indices or multi-hot."""
+  if label_N.ndim == 2:
+    return label_N.sum(axis=0, dtype=np.int64)
+  return np.bincount(label_N, minlength=num_classes)

@@ -28,7 +28,7 @@ from vit_jax import progress
 from vit_jax.bucket import is_remote
 from vit_jax.data.folder import HELD_OUT, Files, Folder, without
 from vit_jax.data.label_rows import SEPARATOR, SPLITS, Row, read_rows, refuse
-from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names
+from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names, test_splits
 from vit_jax.names import abridged
 
 
@@ -150,17 +150,16 @@ def by_column(
   """
   arrays = listed.path_N, listed.label_N, listed.hash_N
   found = {name: Files(listed.top, *(a[split_N == name] for a in arrays)) for name in SPLITS}
-  held_out = [name for name in TEST_NAMES if len(found[name])]
+  held_out = test_splits([name for name in TEST_NAMES if len(found[name])])
   if not held_out:
-    return {'train': listed.within(HELD_OUT, 1.0), 'test': listed.within(0.0, HELD_OUT)}
+    return listed.hold_out()
   if not len(found['train']):
     raise ValueError(f"{file}: column 'split' has no 'train'. Write train for training images.")
-  if held_out[0] != 'test':
+  if (first := held_out['test']) != 'test':
     warnings.append(
-      f"{file}: no image has the split 'test', so the split {held_out[0]!r} is used for testing."
+      f"{file}: no image has the split 'test', so the split {first!r} is used for testing."
     )
-  names = {'test': held_out[0]} | {name: name for name in held_out[1:]}
-  return {'train': found['train']} | {name: found[own] for name, own in names.items()}
+  return {'train': found['train']} | {name: found[own] for name, own in held_out.items()}
 
 
 def check_splits(
@@ -168,7 +167,7 @@ def check_splits(
 ) -> None:
   """Raises ValueError if a class has no training image, or if the test split is empty."""
   absent, reason, remedy = without(class_names, files['train']), '', ''
-  if files['train'].span != (0.0, 1.0):
+  if files['train'].by_hash:
     reason = (
       f' A hash of the path selects about {HELD_OUT:.0%} of the images for testing. If there are '
       'only a few images, the hash can select all of them or none.'

@@ -15,7 +15,7 @@ from vit_jax.data import tfds
 from vit_jax.data.image import EXTENSIONS, only_images
 from vit_jax.data.labels import open_labels
 from vit_jax.data.source import Source
-from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names
+from vit_jax.data.splits import TEST_NAMES, hash_name, repeated_names, test_splits
 from vit_jax.names import choose
 
 
@@ -122,22 +122,20 @@ def open_unlabelled(path: str, data_dir: str, image_size: tuple[int, int]) -> So
   del image_size
   root = existing('images', path, data_dir)
   top, passed_over = root / 'train', collections.Counter()
-  held_out = [name for name in TEST_NAMES if (root / name).is_dir()]
+  held_out = test_splits([name for name in TEST_NAMES if (root / name).is_dir()])
   if top.is_dir() and held_out:
-    names, parts = ('train', 'test', *held_out[1:]), ('train', *held_out)
-    files = {name: list_tree(root / part, passed_over) for name, part in zip(names, parts)}
+    parts = {'train': 'train'} | held_out
+    files = {name: list_tree(root / part, passed_over) for name, part in parts.items()}
   else:
-    listed, share = list_tree(top if top.is_dir() else root, passed_over), folder_lib.HELD_OUT
-    files = {'train': listed.within(share, 1.0), 'test': listed.within(0.0, share)}
+    files = list_tree(top if top.is_dir() else root, passed_over).hold_out()
   for split, part in files.items():
     if not len(part):
       listed = np.concatenate([part.hash_N for part in files.values()])
-      divided = files['test'].span != (0.0, 1.0)  # by a hash
       raise ValueError(
         f'{root}: no images for the split {split!r} (looked for {", ".join(EXTENSIONS)}). Without '
         f'train/ and test/, a hash of the file name selects about {folder_lib.HELD_OUT:.0%} of the '
         'images for testing. With few images, one of the splits can be empty. '
-        f'{(divided and repeated_names(listed)) or "Add images"}.'
+        f'{(part.by_hash and repeated_names(listed)) or "Add images"}.'
       )
   tops = {part.top for part in files.values()}
   unused = folder_lib.unused(root, tops, unread={root} - tops)
@@ -242,7 +240,7 @@ def uneven_split(files: Mapping[str, folder_lib.Files]) -> Iterator[str]:
   """Yields a warning if a hash holds out far from `HELD_OUT`, because files share names."""
   train, test = files['train'], files['test']
   share, wanted = len(test) / (len(test) + len(train)), folder_lib.HELD_OUT
-  if test.span == (0.0, 1.0) or wanted / 2 <= share <= 3 * wanted / 2:
+  if not test.by_hash or wanted / 2 <= share <= 3 * wanted / 2:
     return
   if repeated := repeated_names(np.concatenate([train.hash_N, test.hash_N])):
     yield (

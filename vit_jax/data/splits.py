@@ -174,6 +174,14 @@ def repeated_names(hash_N: np.ndarray) -> str:
   )
 
 
+def test_splits(names: Sequence[str]) -> dict[str, str]:
+  """Returns {split: its name in `names`} for names of test splits, in the order of `TEST_NAMES`.
+
+  The first name becomes the split `test`; the others stay.
+  """
+  return dict(zip(('test', *names[1:]), names))
+
+
 def split_like(names: Sequence[str]) -> list[str]:
   """Returns the names of classes that are probably names of splits.
 
