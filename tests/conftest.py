@@ -17,6 +17,9 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:  # if it is set, the parent pr
   CACHE = tempfile.TemporaryDirectory(prefix='vit_jax_tests_')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = CACHE.name
 jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+# By default, JAX caches only programs that take a second to compile. Tests compile small programs.
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'  # for the processes that tests start
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_num_cpu_devices', 2)
 # Disables LLVM's passes but not XLA's, because most of the suite's time is compilation.
 os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'  # for the processes that tests start

@@ -136,9 +136,12 @@ def words(sentence):
   return len([word for word in sentence.split() if re.search(r'\w', word)])
 
 
-def hits(path):
-  """Yields (line, phrase's name, excerpt) of every phrase that readers stumbled over."""
-  for number, text in texts(path):
+def hits(found):
+  """Yields (line, phrase's name, excerpt) of every phrase that readers stumbled over.
+
+  `found` lists the (line, text) pairs of a file.
+  """
+  for number, text in found:
     for name, pattern in COMPILED.items():
       for match in pattern.finditer(text):
         around = text[max(0, match.start() - 40) : match.end() + 40]
@@ -147,10 +150,11 @@ def hits(path):
 
 def measure(path):
   """Counts `words` and `sentences` of a file, and lists its `hits` and `long` sentences."""
-  every = [(number, sentence) for number, text in texts(path) for sentence in sentences(text)]
+  found = list(texts(path))
+  every = [(number, sentence) for number, text in found for sentence in sentences(text)]
   return {
-    'words': sum(len(text.split()) for _, text in texts(path)),
-    'hits': list(hits(path)),
+    'words': sum(len(text.split()) for _, text in found),
+    'hits': list(hits(found)),
     'sentences': len(every),
     'long': [(number, sentence) for number, sentence in every if words(sentence) > LONGEST],
   }

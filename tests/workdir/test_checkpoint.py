@@ -435,6 +435,16 @@ def test_tensorboard_drops_events_after_the_resumed_step(tmp_path):
   assert started == [17]  # which, and all after it, TensorBoard takes for void
 
 
+def test_writing_events_does_not_import_pytorch(tmp_path):
+  (tmp_path / 'torch.py').write_text('')
+  script = (
+    'import sys; from vit_jax.workdir import events; assert "torch" not in sys.modules\n'
+    'import torch; assert torch.__file__.startswith(sys.path[1]), torch'
+  )
+  environment = os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{ROOT}'}
+  subprocess.run([sys.executable, '-c', script], env=environment, check=True)
+
+
 def test_tensorboard_gets_each_metric_with_its_split_and_step(tmp_path):
   with writer.Writer(tmp_path, 0) as records:
     records.write(8, 'train', loss=0.5, accuracy=0.25)

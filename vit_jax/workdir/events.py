@@ -1,15 +1,37 @@
 """Writes TensorBoard event files."""
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
+import sys
 import time
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from vit_jax import storage
 
 FLUSH = 30  # maximum seconds for which events wait in memory
+
+
+@contextlib.contextmanager
+def without_torch() -> Iterator[None]:
+  """Makes the statement `import torch` fail, unless PyTorch is already imported.
+
+  tensorboardX imports PyTorch if it is installed. Events do not need PyTorch, and importing it
+  takes seconds and hundreds of MB of memory.
+  """
+  if 'torch' in sys.modules:
+    yield
+    return
+  sys.modules['torch'] = None
+  try:
+    yield
+  finally:
+    del sys.modules['torch']
+
+
+with without_torch():
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+  from tensorboardX.summary import scalar
 
 
 class Events:
