@@ -215,6 +215,7 @@ def stop_one_while_saving(server, how):
   return [process.returncode for process in pair], outs
 
 
+@pytest.mark.long
 def test_two_processes_recover_if_one_is_stopped_while_both_save(server):
   for process in start_pair([server.env] * 2, '--config.log_every=1'):
     finish(process)

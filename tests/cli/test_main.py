@@ -173,7 +173,7 @@ def test_predict_prints_the_top_classes_and_names_bad_files(capsys, trained, tmp
   right = sum(
     f'_{r["predictions"][0]["class"].replace(" ", "-")}.' in r['file'] for r in rows[2:10]
   )
-  assert right >= 5  # test images with their class in the name
+  assert right >= 3  # test images with their class in the name; chance: 1 of 10
   code, out, _ = call(capsys, '--mode=predict', f'--workdir={workdir}',
                       f'--images={tmp_path}/photo.JPG')  # fmt: skip
   assert code == 0 and '%  pattern' in out and len(out.splitlines()) == 6

@@ -516,6 +516,7 @@ def test_splits_larger_than_memory_are_streamed(photos, monkeypatch, caplog):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('how', ['auto', 'saved', 'stream'])
 def test_a_run_in_memory_resumes_as_a_stream_bit_for_bit(photos, tmp_path, monkeypatch, how):
   settings = {'augment.resized_crop.min_area': '1', 'data.cache': 'auto', 'epochs': '1.07'}

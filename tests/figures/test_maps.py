@@ -219,6 +219,7 @@ def test_remat_does_not_change_maps():
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('case', ['registers', 'gap', 'map with a class token'])
 def test_summary_matches_maps_of_the_whole_batch(case):
   model, params, image = build(**CASES[case])

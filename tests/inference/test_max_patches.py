@@ -41,7 +41,7 @@ def alone(workdir, file, head=True):
   return np.asarray(jax.nn.softmax(out) if head else out)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_predictions_equal_those_of_each_image_alone(trained, photos):
   workdir, (_, files) = trained[0], photos
   names = opening.from_workdir(workdir)[0].task.class_names

@@ -51,6 +51,7 @@ def needs_onnx():
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', MODELS)
 def test_a_bfloat16_program_computes_as_the_model_in_bfloat16(name, tmp_path):
   model, params = random_model(**MODELS[name])
@@ -90,6 +91,7 @@ def test_int8_weights_have_7_bits(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('precision, most', [('fp16', 0.01), ('int8', 0.15)])
 def test_lower_precisions_of_onnx_are_near_the_model(name, precision, most, tmp_path):

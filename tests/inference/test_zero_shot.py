@@ -263,6 +263,7 @@ def test_eval_matches_class_folders_with_names(name, photos, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_the_card_of_a_lower_precision_has_the_zero_shot_accuracy(name, photos, capsys, tmp_path):
   """The folders have two of the three classes in the file, in another order."""

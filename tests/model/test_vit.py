@@ -112,6 +112,7 @@ IMAGE = np.random.RandomState(0).normal(size=(4, 8, 16, 3)).astype(np.float32)
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('pool, shape', [
     ('cls', (4, 5)), ('gap', (4, 5)), ('map', (4, 5)), ('none', (4, 8 + 2, 5)),
 ])  # fmt: skip

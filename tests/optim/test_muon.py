@@ -80,6 +80,7 @@ def kernels_of_blocks(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('axis', devices.AXES)
 def test_muon_equals_the_muon_of_optax(axis):
   mesh = devices.make_mesh(shape={'data': 1, 'fsdp': 1, 'tensor': 1} | {axis: -1})

@@ -253,7 +253,7 @@ def test_inspect_estimates_the_plan_for_a_memory_limit():
   }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_b16_at_384_pixels_fits_8_gib_with_a_batch_of_512(monkeypatch):
   """Compiles for this CPU; `benchmarks.compile` does the same for an H200."""
   from benchmarks import compile as compiler

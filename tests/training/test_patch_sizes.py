@@ -70,7 +70,7 @@ def test_a_run_learns_at_every_patch_size_with_one_set_of_weights(flexible):
     exact.evaluate(workdir, {'model.patch_size': '3'})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_resumes_bit_for_bit(tmp_path):
   (tmp_path / 'unused').mkdir()
   settings = {'patch_sizes': '2,8', 'micro_batches': '2', 'ema': '0.9', 'eval_every': '0'}

@@ -154,6 +154,7 @@ def test_head_is_averaged_and_clipped_by_its_own_gradient(trained):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('overrides', [FROZEN, AUGMENTED], ids=['cached', 'augmented'])
 def test_probe_resumes_bit_for_bit_and_loads_like_any_run(trained, tmp_path, capsys, overrides):
   init = shutil.copytree(trained[0], tmp_path / 'init')

@@ -181,8 +181,7 @@ def two_steps(teacher, parts=1, shape=None, **overrides):
   return training, jax.device_get(now.params), jax.device_get(metrics)
 
 
-@pytest.mark.slow
-@pytest.mark.slow_after_first
+@pytest.mark.long
 @pytest.mark.parametrize(
   'parts, shape', [(4, {'data': 1}), (2, {'data': 2}), (1, {'data': 1, 'fsdp': 2})]
 )

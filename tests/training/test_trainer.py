@@ -470,7 +470,7 @@ STRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_batches_and_devices_mix_the_same_images():
   settings = STRONG | {'optimizer.name': 'sgd', 'optimizer.lr': '0.1', 'loss.name': 'sigmoid'}
   params, metrics = two_steps(1, 1, **settings)
@@ -905,6 +905,7 @@ def test_val_split_that_overlaps_another_split_is_rejected():
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('last, stops', [(21, False), (32, False), (21, True)])
 def test_diverged_step_is_not_saved(tmp_path, monkeypatch, last, stops):
   """Training diverges between two saves, at a save, and when the run is asked to stop."""

@@ -197,6 +197,7 @@ class BigVision(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('pool, scan, prefix', [
     ('map', True, 'params/'), ('gap', False, ''), ('tok', True, 'params/img/'),
 ])  # fmt: skip

@@ -78,6 +78,7 @@ SWIGLU['Dinov2WithRegistersForImageClassification'] = {'use_swiglu_ffn': True, '
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name, fields', [*HF.items(), *SWIGLU.items()])
 def test_hugging_face(name, fields, tmp_path):
   transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')
@@ -134,8 +135,7 @@ def dinov3(**fields):
   return perturb(transformers.DINOv3ViTModel(config))
 
 
-@pytest.mark.slow
-@pytest.mark.slow_after_first
+@pytest.mark.long
 @pytest.mark.parametrize('name', DINOV3)
 def test_dinov3(name, tmp_path):
   theirs = dinov3(**DINOV3[name])
@@ -232,6 +232,7 @@ def towers_of(transformers, name, fields):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('size', [(32, 32), (48, 48), (24, 40)])
 @pytest.mark.parametrize('name, fields', TOWERS)
 def test_image_towers(name, fields, size, tmp_path):
@@ -488,6 +489,7 @@ def test_activations_equal_those_of_hugging_face_with_the_same_name(name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('kind, resize', [('Dinov2', 'hf'), ('Dinov2WithRegisters', 'bicubic')])
 def test_the_documented_resize_of_dinov2_equals_that_of_transformers(kind, resize, tmp_path):
   transformers = pytest.importorskip('transformers', reason='needs requirements-peers.txt')

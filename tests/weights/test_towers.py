@@ -288,6 +288,7 @@ def tuning(name, photos, **overrides):
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('freeze', ['', 'backbone'])
 @pytest.mark.parametrize('name', FAMILIES)
 def test_towers_are_fine_tuned_probed_and_resized(name, freeze, photos, tmp_path):
@@ -304,6 +305,7 @@ def test_towers_are_fine_tuned_probed_and_resized(name, freeze, photos, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.slow_after_first
 @pytest.mark.parametrize('name', FAMILIES)
 def test_towers_classify_by_few_shots_and_have_pictures(name, photos, tmp_path, capsys):
   source = f'--config.data.source=folder:{photos}'
