@@ -63,7 +63,8 @@ def test_a_run_learns_at_every_patch_size_with_one_set_of_weights(flexible):
   assert params['embedding']['kernel'].shape[:2] == (4, 4)
   assert params['pos_embedding'].shape == (1, 4, 16)
   for size in ('2', '4', '8'):
-    assert exact.evaluate(workdir, {'model.patch_size': size})['accuracy'] > 0.25  # chance: 0.1
+    found = exact.evaluate(workdir, {'model.patch_size': size, 'data.eval_split': 'test'})
+    assert found['accuracy'] > 0.2  # of 256 images; chance: 0.1
   asked = {'model.patch_size': '4'}
   assert exact.evaluate(workdir) | {'overrides': asked} == exact.evaluate(workdir, asked)
   with pytest.raises(ValueError, match='does not divide into patches of 3x3'):
