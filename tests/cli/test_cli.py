@@ -1,5 +1,6 @@
 """Help, the printed config, and the command `vit-jax`."""
 
+import contextlib
 import importlib.metadata
 import inspect
 import logging
@@ -105,6 +106,17 @@ def test_every_process_prints_its_warnings_but_only_process_0_the_rest(capsys, m
   log.info('Reading images.')
   log.warning('An image is damaged.')
   assert capsys.readouterr().err == 'Reading images.\n' * first + 'An image is damaged.\n'
+
+
+def test_a_message_that_cannot_be_printed_does_not_stop_a_run(monkeypatch):
+  log = logging.Logger('mine')
+  log.addHandler(terminal.Console(logging.INFO))
+  with open('/dev/full', 'w', encoding='utf-8', buffering=1) as full:
+    monkeypatch.setattr(sys, 'stderr', full)
+    log.info('Reading images.')
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+      full.close()  # tries to write the rest
 
 
 @pytest.mark.parametrize('flags', [['--help'], ['--mode=predict', '--help']])

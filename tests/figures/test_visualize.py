@@ -7,6 +7,7 @@ import shutil
 import types
 import warnings
 
+from matplotlib.figure import Figure
 import numpy as np
 from PIL import Image
 import pytest
@@ -355,6 +356,16 @@ def test_class_without_examples_is_drawn_and_labelled(tmp_path):
   assert numbers == {(0, 0): '75', (1, 0): '25'}  # (predicted, true), as the shades
   canvas.save_figure(figure, tmp_path / 'c.png')
   assert 'no example' in [text.get_text() for text in figure.axes[1].texts]
+
+
+@pytest.mark.parametrize('count', [20, 21, 40, 41])
+def test_the_bar_of_a_class_without_examples_says_so_for_any_number_of_classes(count):
+  accuracy_L = np.where(np.arange(count) == 1, np.nan, 1.0)
+  accuracy_L[2:] = np.nan if count > charts.LABELLED else 1.0  # NaN is among the lowest
+  axis = Figure().subplots()
+  charts.class_bars(axis, accuracy_L, [f'class {i}' for i in range(count)])
+  found = [text.get_text() for text in axis.texts]
+  assert found.count('no example') == (charts.LOWEST - 1 if count > charts.LABELLED else 1)
 
 
 @pytest.mark.parametrize('fitted', [False, True])

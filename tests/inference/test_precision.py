@@ -7,11 +7,13 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from tests.conftest import call, error, init_params, run_model, small_config
 import vit_jax
 from vit_jax import evaluation, opening
+from vit_jax.data import open_source
 from vit_jax.distributed import portable
 from vit_jax.inference import exporting, measuring
 from vit_jax.opening import Request
@@ -244,8 +246,40 @@ def test_an_export_without_its_data_says_so(tmp_path, caplog):
   exporting.export(tmp_path / 'run', 'stablehlo', tmp_path / 'out', 'last', 'bfloat16', config)
   facts, compared = card(tmp_path / 'out')
   assert facts['accuracy'] == 'unknown' and compared['bfloat16'][-1] == 'unknown'
-  assert 'not measured' in compared['precision'][-1]
+  assert compared['precision'][-1] == 'accuracy: not measured'  # a card shows no local path
+  assert 'nowhere' not in (tmp_path / 'out' / 'README.md').read_text()
   assert 'The accuracy of this export is not measured' in caplog.text
+
+
+@pytest.mark.slow
+def test_a_damaged_test_image_leaves_the_accuracy_of_an_export_unknown(tmp_path, caplog):
+  for name in 'abcdefgh':
+    for label, value in (('dark', 20), ('light', 220)):
+      (tmp_path / 'photos' / label).mkdir(parents=True, exist_ok=True)
+      Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(
+        tmp_path / 'photos' / label / f'{label}_{name}.png'
+      )
+  photos = {'data.source': f'folder:{tmp_path / "photos"}', 'data.cache': 'stream'}
+  photos |= {'epochs': '0', 'batch_size': '4'}
+  vit_jax.train(small_config(**photos), tmp_path / 'run')
+  source = opening.open_model(Request(tmp_path / 'run'))[0].config.data.source
+  held_out = open_source(source, '', (8, 8)).files['test']
+  (held_out.top / held_out.path_N[0].decode()).write_bytes(b'damaged')
+  exporting.export(tmp_path / 'run', 'stablehlo', tmp_path / 'out', 'last', 'bfloat16')
+  assert card(tmp_path / 'out')[0]['accuracy'] == 'unknown'
+  assert 'The accuracy of this export is not measured' in caplog.text
+
+
+def test_a_program_is_measured_on_a_few_images_at_a_time(trained):
+  exp = opening.open_model(Request(trained[0]))[0]
+  test, sizes = evaluation.load_split(exp, 'test[:70]'), []
+
+  def run(image_BHWC):
+    sizes.append(len(image_BHWC))
+    return np.eye(10, dtype=np.float32)[np.zeros(len(image_BHWC), int)]
+
+  assert measuring.measure_quality(exp, run, test) == np.mean(test.label_N == 0)
+  assert set(sizes) <= {measuring.PART, 100 % measuring.PART} and sum(sizes) == 100
 
 
 @pytest.mark.slow
@@ -291,14 +325,18 @@ def test_slow_programs_get_fewer_turns_but_at_least_one(monkeypatch, seconds, tu
 def test_a_loss_of_accuracy_is_warned_about(monkeypatch, tmp_path, caplog, after, warned):
   quality = {'float32': 0.8, 'int8': after}
   monkeypatch.setattr(measuring, 'measure_latency', lambda runs, _: dict.fromkeys(runs, 0.5))
-  monkeypatch.setattr(measuring, 'open_test_images', lambda _: ('test', '9 images of `test`'))
+  monkeypatch.setattr(measuring, 'open_test', lambda exp: (None, None))
+  monkeypatch.setattr(measuring, 'load_split', lambda *_: range(9))
   monkeypatch.setattr(measuring, 'measure_quality', lambda exp, run, test: run(None)[0, 0])
   folders = {name: tmp_path / name for name in quality}
   for size, folder in enumerate(folders.values(), start=3):
     folder.mkdir()
     (folder / 'model.onnx').write_bytes(bytes(size))
   program = types.SimpleNamespace(image_shape=(8, 8, 3), image_NHWC=images(5), class_names=None)
-  exp = types.SimpleNamespace(task=types.SimpleNamespace(class_names=('cat', 'dog')))
+  exp = types.SimpleNamespace(
+    task=types.SimpleNamespace(class_names=('cat', 'dog')),
+    config=vit_jax.default_config(),
+  )
   found = measuring.compare(
     program, lambda folder: lambda _: np.full((1, 2), quality[folder.name]), folders, exp
   )

@@ -384,6 +384,16 @@ def test_a_run_without_saved_examples_offers_images_of_its_test_split(trained, t
   assert server.find_examples(exp, None, tmp_path) == []
 
 
+def test_an_example_that_is_no_image_is_left_out(trained, tmp_path, caplog):
+  exp = opening.open_model(Request(trained[0]))[0]
+  (tmp_path / 'examples').mkdir()
+  good = sorted((trained[0] / 'examples').iterdir())[0]
+  shutil.copy(good, tmp_path / 'examples' / 'b.png')
+  (tmp_path / 'examples' / '._b.png').write_bytes(b'metadata of macOS')
+  assert server.find_examples(exp, tmp_path, tmp_path) == [tmp_path / 'examples' / 'b.png']
+  assert 'The page leaves out an example.' in caplog.text and '._b.png' in caplog.text
+
+
 def test_the_server_does_not_serve_local_files(page):
   for path in ('/etc/passwd', str(ROOT / 'main.py'), '../../main.py'):
     with pytest.raises(urllib.error.HTTPError, match='403|404'):

@@ -22,7 +22,8 @@ class Console(logging.Handler):
     from vit_jax.distributed import is_first
 
     if is_first() or record.levelno >= logging.WARNING:
-      tqdm.write(self.format(record), file=sys.stderr)
+      with contextlib.suppress(OSError):  # training goes on after its terminal was closed
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def show_log() -> None:

@@ -102,11 +102,11 @@ def class_bars(axis, accuracy_L: np.ndarray, class_names: Sequence[str]) -> None
   axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
   axis.xaxis.set_major_locator(ticker.MultipleLocator(0.5))
   axis.grid(axis='x')
-  if len(order) > NUMBERED:
-    return
   for i, value in enumerate(accuracy_L[order]):
     if np.isnan(value):
-      axis.text(0.02, i, 'no example', va='center', size=8)
+      axis.text(0.02, i, 'no example', va='center', size=small(len(order)))
+    elif len(order) > NUMBERED:
+      continue
     elif value > 0.3:
       axis.text(value - 0.02, i, f'{100 * value:.1f}', va='center', ha='right', color='w', size=8)
     else:

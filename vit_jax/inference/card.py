@@ -243,7 +243,7 @@ def comparison(compared: Comparison | None, loaded: Pretrained) -> str:
     return ''
   known = all(one.quality is not None for one in compared.found.values())
   name = quality_name(loaded)
-  title = f'{name} on the {compared.test}' if known else f'{name}: not measured ({compared.test})'
+  title = f'{name} on the {compared.test}' if known else f'{name}: not measured'
   lines = [
     f'| precision | size | latency | {title} |\n| --- | --- | --- | --- |',
     *(

@@ -42,6 +42,7 @@ READ = (
   'data.skip_bad_images', 'data.threads', 'data.workers', 'eval_batch_size',
 )  # fmt: skip
 CALIBRATION = 512  # maximum number of sample images for measuring ranges of activations
+PART = 32  # images that a program takes at a time, because it cannot divide a batch to fit memory
 NOTABLE = 0.01  # a warning is logged if the accuracy (0 to 1) falls by more than this amount
 TURNS, CALLS = 10, 10  # maximum number of turns of each program, and calls in a turn
 LONGEST = 30.0  # seconds after which no new turn begins
@@ -71,8 +72,7 @@ class Comparison:
     found: `{name of the precision: measurements}`, float32 first, and the precision of
       the export last.
     machine: description of the machine on which the latency was measured.
-    test: description of the images on which the quality was measured, or the reason why the quality
-      was not measured.
+    test: the images on which the quality was measured, as text; empty if it was not measured.
     calibrated: number of sample images on which ranges of activations were measured; 0 if the
       precision needs none.
   """
@@ -189,31 +189,23 @@ def compare(
   """
   runs = {name: opens(folder) for name, folder in folders.items()}
   seconds = measure_latency(runs, np.zeros(program.image_shape, np.uint8))
-  found = {name: Measured(folder_size(folders[name]), seconds[name]) for name in runs}
   try:
-    test, about = open_test_images(exp)
-  except (ValueError, OSError) as error:
+    scores, about = measure_qualities(program, runs, exp)
+  except (ValueError, OSError) as error:  # its message can have local paths, and a card is public
     log.warning('The accuracy of this export is not measured: %s', error)
-    test, about = None, str(error)
-  if test is not None:
-    chosen, about = choose_classes(program, exp, about)
-    for name, run in runs.items():
-      log.info('Measuring the accuracy of %s ...', name)
-      score = measure_quality(exp, lambda image_BHWC, run=run: run(image_BHWC)[:, chosen], test)
-      found[name] = dataclasses.replace(found[name], quality=score)
-    before, *_, after = (one.quality for one in found.values())
-    if before - after > NOTABLE:
-      name = list(found)[-1]
-      log.warning('%s: the accuracy falls from %.2f%% to %.2f%%.', name, 100 * before, 100 * after)
+    scores, about = {}, ''
+  found = {n: Measured(folder_size(folders[n]), seconds[n], scores.get(n)) for n in runs}
   count = 0 if program.image_NHWC is None else len(program.image_NHWC)
   return Comparison(found, machine(), about, count)
 
 
-def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
-  """Opens the evaluation split, without images that the weights were trained on.
+def measure_qualities(
+  program: Program, runs: Mapping[str, Run], exp: Experiment | None
+) -> tuple[dict[str, float], str]:
+  """Measures each run on the evaluation split, without images that the weights were trained on.
 
-  Returns:
-    The split, and a text with its name and its number of images.
+  The arguments are those of `compare`. Returns `{name: result of measure_quality}`, and a text with
+  the split and its number of images.
 
   Raises:
     ValueError, OSError: the dataset is unknown or cannot be read, or its classes are not the
@@ -222,9 +214,16 @@ def open_test_images(exp: Experiment | None) -> tuple[Split, str]:
   if exp is None or not exp.task.class_names:
     raise ValueError('these weights have no test data or no classes.')
   split = exp.config.data.eval_split
-  source, _ = open_test(exp)
-  test = load_split(exp, split, source)
-  return test, f'{len(test):,} images of `{split}`'
+  test = load_split(exp, split, open_test(exp)[0])
+  chosen, about = choose_classes(program, exp, f'{len(test):,} images of `{split}`')
+  scores = {}
+  for name, run in runs.items():
+    log.info('Measuring the accuracy of %s ...', name)
+    scores[name] = measure_quality(exp, lambda x, run=run: run(x)[:, chosen], test)
+  before, *_, after = scores.values()
+  if before - after > NOTABLE:
+    log.warning('%s: the accuracy falls from %.2f%% to %.2f%%.', name, 100 * before, 100 * after)
+  return scores, about
 
 
 def choose_classes(program: Program, exp: Experiment, about: str) -> tuple[list[int] | slice, str]:
@@ -248,7 +247,9 @@ def measure_quality(exp: Experiment, run: Run, test: Split) -> float:
   """
 
   def answer(batch, params):
-    logits_BL = jax.numpy.asarray(run(np.asarray(batch['image'])))
+    image_BHWC = np.asarray(batch['image'])
+    parts = [run(image_BHWC[i : i + PART]) for i in range(0, len(image_BHWC), PART)]
+    logits_BL = jax.numpy.concatenate(parts)
     rest = {name: array for name, array in batch.items() if name != 'image'}
     return rest | {'logits': logits_BL, 'loss': exp.loss(logits_BL, batch['label'])}
 

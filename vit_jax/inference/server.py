@@ -15,6 +15,7 @@ Decisions:
     means that the page or Gradio has a bug.
 """
 
+from collections.abc import Iterable, Iterator
 import contextlib
 import logging
 import os
@@ -28,7 +29,7 @@ import time
 
 from vit_jax import opening, progress
 from vit_jax.bucket import is_remote
-from vit_jax.data import save_png
+from vit_jax.data import BadImage, decode_image, save_png
 from vit_jax.evaluation import load_split, open_test
 from vit_jax.experiment import Experiment
 from vit_jax.inference.about import about
@@ -75,7 +76,8 @@ def find_examples(
   if workdir is None:
     return []
   if found := sorted((workdir / 'examples').glob('*.png')):
-    return [copied(file, folder) for file in found] if is_remote(workdir) else found
+    local = [copied(file, folder) for file in found] if is_remote(workdir) else found
+    return list(only_readable(local, exp.task.channels))
   try:
     test = load_split(exp, exp.config.data.eval_split, open_test(exp)[0])
     for i, image_HWC in enumerate(test.some(range(min(EXAMPLES, len(test)))).image_NHWC):
@@ -83,6 +85,17 @@ def find_examples(
   except (ValueError, OSError) as error:
     log.warning('The page has no examples: %s', error)
   return sorted(folder.glob('*.png'))
+
+
+def only_readable(files: Iterable[pathlib.Path], channels: int) -> Iterator[pathlib.Path]:
+  """Yields the files that are images of the given number of channels; warns about the others."""
+  for file in files:
+    try:
+      decode_image(file.read_bytes(), str(file), channels)
+    except (BadImage, OSError) as error:
+      log.warning('The page leaves out an example. %s', error)
+      continue
+    yield file
 
 
 def copied(file: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
@@ -148,4 +161,7 @@ def serve(request: Request, host: str, port: int) -> None:
     clean(pathlib.Path(uploads), page.KEEP + page.CLEAN, page.CLEAN)
     gate.launch(blocks, host, port)
     log.info('Serving on %s', blocks.local_url)
-    blocks.block_thread()
+    try:
+      blocks.block_thread()
+    finally:
+      blocks.close(verbose=False)  # so that no upload arrives while the uploads are deleted
