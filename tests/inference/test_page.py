@@ -182,14 +182,16 @@ def test_an_upload_that_gradio_does_not_know_is_deleted_and_an_example_is_not(mo
   monkeypatch.setattr(server, 'find_examples', find_examples)
   monkeypatch.setattr(server, 'about', nothing)
   monkeypatch.setattr(page_lib, 'Viewer', nothing)
-  blocks = types.SimpleNamespace(local_url='', block_thread=wait)
+  closed = []  # whether the folder of the uploads exists while the server is closed
+  close = lambda verbose: closed.append(pathlib.Path(os.environ['GRADIO_TEMP_DIR']).is_dir())
+  blocks = types.SimpleNamespace(local_url='', block_thread=wait, close=close)
   monkeypatch.setattr(page_lib, 'build', lambda *_: blocks)
   monkeypatch.setattr(page_lib, 'KEEP', 0.2)
   monkeypatch.setattr(page_lib, 'CLEAN', 0.1)
   monkeypatch.setattr(gate, 'launch', nothing)
   request = types.SimpleNamespace(workdir=None, name='a', overrides={})
   server.serve(request, '127.0.0.1', 0)
-  assert waited == [True]
+  assert waited == closed == [True]
 
 
 # A server that waits for its model for ever.
