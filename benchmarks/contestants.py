@@ -52,8 +52,11 @@ def process_memory() -> int:
   return peak if sys.platform == 'darwin' else 1024 * peak
 
 
-def jax_program(run: Callable[[int], None], mesh=None) -> Program:
-  """Returns the `Program` of a JAX function that runs on a mesh or on one device."""
+def jax_program(run: Callable[[int], None], mesh=None, **about: str) -> Program:
+  """Returns the `Program` of a JAX function that runs on a mesh or on one device.
+
+  `about` is added to its versions.
+  """
   import jax
 
   device = jax.devices()[0]
@@ -63,7 +66,7 @@ def jax_program(run: Callable[[int], None], mesh=None) -> Program:
     return stats['peak_bytes_in_use'] if stats else process_memory()
 
   devices = f'{mesh.size if mesh else 1} x {device.device_kind}'
-  return Program(run, peak_memory, {'jax': jax.__version__, 'devices': devices})
+  return Program(run, peak_memory, {'jax': jax.__version__, 'devices': devices} | about)
 
 
 def vit_jax(work: works.Work, _: dict) -> Program:
@@ -74,7 +77,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
   from vit_jax.data import batching
   from vit_jax.distributed import devices, sharding
   from vit_jax.evaluation import forward
-  from vit_jax.training import state
+  from vit_jax.training import state, trial
   from vit_jax.training.step import make_train_step
 
   config = works.settings(work)
@@ -94,6 +97,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
       jax.block_until_ready(out)
 
     return jax_program(run, mesh)
+  exp = trial.prepared(exp, training, mesh, {})  # as in `main.py`, chooses the attention kernel
   step = make_train_step(exp, training, mesh)
   states = [state.init_state(exp, training, mesh)]
 
@@ -102,7 +106,7 @@ def vit_jax(work: works.Work, _: dict) -> Program:
       states[0], metrics = step(states[0], batch)
     jax.block_until_ready((states, metrics))
 
-  return jax_program(run, mesh)
+  return jax_program(run, mesh, attention=exp.model.attention)
 
 
 def vit_jax_input(work: works.Work, _: dict) -> Program:

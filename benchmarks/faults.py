@@ -271,11 +271,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
   args = parse(argv)
-  program.keep_compiled()
   multiprocessing.get_context('forkserver').set_forkserver_preload(['vit_jax.training.probe'])
   kills, damages = [], []
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
+    # Two processes keep compiled programs only in a folder that is set (see `forget_compiled`).
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder / 'compiled'))
     for processes, count in ((1, args.alone), (2, args.together)):
       if not count:
         continue

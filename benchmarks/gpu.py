@@ -33,6 +33,7 @@ from benchmarks import (
   gpu_tables,
   speed,
 )
+from vit_jax import cli
 from vit_jax.storage import TRY_AGAIN
 from vit_jax.workdir import writer
 
@@ -211,6 +212,7 @@ def main(argv: list[str]) -> int:
       'JAX finds no GPU here; install jax[cuda13] for this Python, or use --toy'
     )
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  cli.keep_compiled()  # so that a training slice resumes without compiling again
   run_all(SLICES, args)
   print(gpu_tables.tables(SLICES, args.results, args.work))
   return int(any(state_of(name, args.results) == 'failed' for name in SLICES))

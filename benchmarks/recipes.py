@@ -14,18 +14,13 @@ run that they already list. For each recipe, these files are written:
 """
 
 import argparse
-import json
 import pathlib
 import shutil
 import sys
 from typing import NamedTuple
 
-from matplotlib import ticker
-from matplotlib.figure import Figure
-
 from benchmarks import arguments, collect
 from vit_jax import storage
-from vit_jax.figures import canvas, draw
 from vit_jax.workdir import writer
 
 RUNS = pathlib.Path('runs/results')
@@ -142,6 +137,8 @@ def is_listed(name: str, seed: int) -> bool:
 
 def gather(name: str) -> None:
   """Writes the results of the recipe's finished runs."""
+  from vit_jax.figures import canvas, draw  # imports matplotlib, which `make gpu` may lack
+
   finished = [path for path in workdirs(name) if (path / 'result.json').exists()]
   result = collect.summary(collect.command(RECIPES[name].config, RECIPES[name].overrides), finished)
   writer.write_json(collect.RESULTS / f'{name}.json', result)
@@ -182,48 +179,10 @@ def row(name: str) -> str:
   return f'| {" | ".join(cells)} |'
 
 
-def by_minutes(lines: list[dict]) -> tuple[list[float], list[float]]:
-  """Returns the minutes of training before each test, and the test accuracies.
-
-  Minutes include neither compilation nor evaluation. `lines` are the lines of `metrics.jsonl`.
-  """
-  seconds, minutes, accuracies = 0.0, [], []
-  for line in lines:
-    if line['split'] == 'train':
-      seconds += line['examples'] / line['images_per_second']
-    elif line['split'] == 'test':
-      minutes.append(seconds / 60)
-      accuracies.append(line['accuracy'])
-  return minutes, accuracies
-
-
 def is_drawn(name: str) -> bool:
   """Returns whether the figure shows a recipe: a recipe for CIFAR-10 on a CPU that has results."""
   of_cifar = RECIPES[name].where == 'cpu' and name.startswith('cifar10')
   return of_cifar and (collect.RESULTS / f'{name}.json').exists()
-
-
-@canvas.styled
-def draw_minutes(names: list[str]) -> Figure:
-  """Draws test accuracy by minutes for the first run of each recipe; the legend names machines."""
-  figure = Figure((canvas.WIDTH, 3.8), layout='constrained')
-  axis = figure.subplots()
-  for name in names:
-    result = writer.read_json(collect.RESULTS / f'{name}.json')
-    file = collect.RESULTS / name / f'seed{result["seeds"][0]}.jsonl'
-    minutes, accuracies = by_minutes([json.loads(line) for line in file.open(encoding='utf-8')])
-    epochs = result['runs'][0]['config']['epochs']
-    machine = result['machine'].split(' of ')[-1]
-    label = f'{name.split("_")[1]}, {epochs:g} epochs: {accuracies[-1]:.1%} ({machine})'
-    axis.plot(minutes, accuracies, marker='.', label=label)
-  axis.set(xscale='log', xlabel='minutes of training on 2 CPU cores', ylabel='test accuracy')
-  axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-  axis.xaxis.set_major_formatter(ticker.StrMethodFormatter('{x:g}'))
-  axis.yaxis.set_major_locator(ticker.MultipleLocator(0.05))
-  axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, 0))
-  axis.grid()
-  figure.legend(loc='outside lower center', ncols=2)
-  return figure
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -250,9 +209,10 @@ def main(argv: list[str]) -> None:
       gather(name)
       table = HEADER + '\n'.join(row(name) for name in RECIPES) + '\n'
       storage.replace(collect.RESULTS / 'README.md', table)
-    measured = [name for name in RECIPES if is_drawn(name)]
-    if measured:
-      canvas.save_figure(draw_minutes(measured), collect.RESULTS / 'minutes.png')
+    if measured := [name for name in RECIPES if is_drawn(name)]:
+      from benchmarks import minutes
+
+      minutes.save(measured, collect.RESULTS / 'minutes.png')
     print(row(name), flush=True)
 
 

@@ -74,14 +74,14 @@ def test_the_script_without_a_command_says_how_it_is_used():
 def test_slurm_starts_a_preempted_job_again(code, failed, again, tmp_path):
   (tmp_path / 'slurm-7.failures').write_text('exit code 134\n' * failed)
   log = tmp_path / 'log'
-  put(tmp_path / 'bin', 'srun', f'echo srun "$@" >> {log}; exit {code}')
+  put(tmp_path / 'bin', 'srun', f'echo srun $SRUN_CPUS_PER_TASK "$@" >> {log}; exit {code}')
   put(tmp_path / 'bin', 'scontrol', f'echo scontrol "$@" >> {log}')
   path = f'{tmp_path / "bin"}:{os.environ["PATH"]}'
-  settings = dict(cwd=tmp_path, PATH=path, SLURM_JOB_ID=7)
+  settings = dict(cwd=tmp_path, PATH=path, SLURM_JOB_ID=7, SLURM_CPUS_PER_TASK=12)
   found = run(LAUNCH / 'slurm.sh', '--workdir=/shared/my run', **settings)
   assert found.returncode == code
   first, *rest = log.read_text().splitlines()
-  assert first == 'srun --kill-on-bad-exit=0 .venv/bin/python main.py --workdir=/shared/my run'
+  assert first == 'srun 12 --kill-on-bad-exit=0 .venv/bin/python main.py --workdir=/shared/my run'
   assert rest == (['scontrol requeue 7'] if again else [])
 
 
@@ -212,6 +212,9 @@ def test_the_jobset_restarts_all_pods_together_except_after_a_mistake():
   job = train['template']['spec']
   pod, [rule] = job['template']['spec'], job['podFailurePolicy']['rules']
   assert job['completionMode'] == 'Indexed' and job['completions'] == job['parallelism']
+  [mount], [volume] = pod['containers'][0]['volumeMounts'], pod['volumes']
+  assert mount == {'name': volume['name'], 'mountPath': '/dev/shm'}
+  assert volume['emptyDir'] == {'medium': 'Memory'}
   assert job['backoffLimit'] == 0 and pod['restartPolicy'] == 'Never'
   assert rule['action'] == 'FailJob' and rule['onExitCodes']['values'] == [2]
   assert rule['onExitCodes']['containerName'] == pod['containers'][0]['name']

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import collect, masked, recipes, speedrun, sweep
+from benchmarks import collect, masked, minutes, recipes, speedrun, sweep
 from vit_jax import cli
 from vit_jax import config as config_lib
 from vit_jax.inference.summary import summary_of
@@ -155,7 +155,7 @@ def test_the_picture_shows_accuracy_by_minutes_of_training(monkeypatch, tmp_path
   train = {'split': 'train', 'examples': 1200, 'images_per_second': 10.0}
   lines = [train, train, {'split': 'test', 'accuracy': 0.5}, train | {'images_per_second': 20.0}]
   lines += [{'split': 'val', 'accuracy': 0.1}, {'split': 'test', 'accuracy': 0.6}]
-  assert recipes.by_minutes(lines) == ([4.0, 5.0], [0.5, 0.6])
+  assert minutes.by_minutes(lines) == ([4.0, 5.0], [0.5, 0.6])
 
   monkeypatch.setattr(collect, 'RESULTS', tmp_path)
   assert not any(map(recipes.is_drawn, recipes.RECIPES))
@@ -165,7 +165,7 @@ def test_the_picture_shows_accuracy_by_minutes_of_training(monkeypatch, tmp_path
   (tmp_path / 'cifar10_tiny.json').write_text(json.dumps(result))
   (tmp_path / 'cifar10_tiny' / 'seed0.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   assert [name for name in recipes.RECIPES if recipes.is_drawn(name)] == ['cifar10_tiny']
-  figure = recipes.draw_minutes(['cifar10_tiny'])
+  figure = minutes.draw_minutes(['cifar10_tiny'])
   (axis,) = figure.axes
   (line,) = axis.lines
   np.testing.assert_array_equal(line.get_xydata(), [(4.0, 0.5), (5.0, 0.6)])

@@ -36,6 +36,12 @@ class NoMistake(ValueError):
   """Error that the user did not cause, such as a lost connection to another process."""
 
 
+def compiled_folder() -> str | None:
+  """Returns the default folder for compiled programs; None if this user has no home folder."""
+  cache = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
+  return None if cache.startswith('~') else os.path.join(cache, 'vit_jax', 'compiled')
+
+
 def exit_code(error: BaseException | None) -> int:
   """Returns the exit code of a program that ends with this error.
 

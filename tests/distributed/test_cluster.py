@@ -413,6 +413,19 @@ def test_processes_that_cannot_connect_end_with_code_1(monkeypatch):
   assert storage.exit_code(caught.value) == 1
 
 
+@pytest.mark.parametrize('chosen', ['', '/shared'])
+def test_processes_share_only_compiled_programs_in_a_folder_of_the_user(monkeypatch, chosen):
+  monkeypatch.setattr(joining.jax.distributed, 'initialize', lambda *_, **__: None)
+  monkeypatch.setattr(cluster, 'asked_to_stop', lambda: False)
+  before, folder = jax.config.jax_compilation_cache_dir, chosen or storage.compiled_folder()
+  jax.config.update('jax_compilation_cache_dir', folder)
+  try:
+    joining.join('localhost:1234', 2, 1)
+    assert (jax.config.jax_compilation_cache_dir or '') == chosen
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+
+
 @pytest.fixture
 def undetected(monkeypatch):
   """Sets no variable of a launcher, and lets JAX detect no cluster."""

@@ -17,7 +17,7 @@ from vit_jax.experiment import assemble
 from vit_jax.inference import summary
 from vit_jax.model import attention, plain
 from vit_jax.optim import Training, training_recipe
-from vit_jax.training import compiling, trial
+from vit_jax.training import compiling, step, trial
 from vit_jax.workdir import Task
 
 HOPPER = Target('cuda', 9.0)
@@ -156,6 +156,21 @@ def test_deterministic_runs_do_not_measure_time(cudnn, monkeypatch):
   assert choose(deterministic='True').model.attention == 'cudnn'
 
 
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_cudnn_is_compiled_for_its_trial_like_the_training_step(cudnn, monkeypatch, deterministic):
+  jit, used = jax.jit, []
+
+  def recorded(function, compiler_options=None):
+    used.append(compiler_options)
+    return jit(function)
+
+  cudnn(exact)
+  monkeypatch.setattr(trial.jax, 'jit', recorded)
+  with compiled_for(HOPPER):
+    assert trial.decide([(2, 3, 2, 8)], jnp.bfloat16, deterministic) == 'cudnn'
+  assert used == [step.DETERMINISTIC if deterministic else None, None]  # `plain` is the reference
+
+
 @pytest.mark.parametrize('overrides, tokens', [
     ({'progressive.sizes': '4', 'progressive.until': '0.5'}, [1, 4]),  # patches of 4x4 pixels
     ({'patch_sizes': '2,4,8'}, [1, 4, 16]),  # images of 8x8 pixels
@@ -165,7 +180,7 @@ def test_kernels_are_compared_at_all_sizes_and_timed_at_the_longest_sequence(
   monkeypatch, overrides, tokens
 ):
   compared, timed = [], []
-  monkeypatch.setattr(trial, 'first_difference', lambda shape, dtype: compared.append(shape) or '')
+  monkeypatch.setattr(trial, 'first_difference', lambda shape, *_: compared.append(shape) or '')
   monkeypatch.setattr(trial, 'duration', lambda kernel, shape, dtype: timed.append(shape) or 1.0)
   choose(**overrides)
   assert [shape[1] for shape in compared] == tokens

@@ -10,7 +10,6 @@ Decisions:
 import argparse
 from collections.abc import Sequence
 import os
-import pathlib
 import sys
 
 from vit_jax.cli.errors import is_from_bucket, report, what_was_saved
@@ -18,7 +17,7 @@ from vit_jax.cli.flags import Mode
 from vit_jax.cli.help import config_text, page_of
 from vit_jax.cli.modes import MODES
 from vit_jax.cli.parsing import check_required, parse_flags, parse_general
-from vit_jax.cli.terminal import close_pipe, set_up, show_log
+from vit_jax.cli.terminal import close_pipe, keep_compiled, set_up, show_log
 from vit_jax.config import import_extensions
 from vit_jax.names import choose
 
@@ -118,11 +117,3 @@ def install_for(error: ModuleNotFoundError) -> str | None:
   """Returns the command that installs the module whose import failed; None if not known."""
   top = (error.name or '').partition('.')[0]
   return next((command for command, modules in EXTRAS.items() if top in modules), None)
-
-
-def keep_compiled() -> None:
-  """Enables JAX's persistent compilation cache. Must be called before JAX is imported."""
-  cache = os.path.expanduser(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-  if not cache.startswith('~'):  # the ~ stays if this user has no home folder
-    folder = pathlib.Path(cache, 'vit_jax', 'compiled')
-    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(folder))

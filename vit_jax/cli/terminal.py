@@ -1,4 +1,4 @@
-"""Sets up the terminal: handles Ctrl-C, prints log messages, and escapes unprintable text."""
+"""Sets up the process of a command: its terminal, log messages and cache of compiled programs."""
 
 import codecs
 import contextlib
@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import warnings
+
+from vit_jax.storage import compiled_folder
 
 log = logging.getLogger('vit_jax')
 
@@ -31,6 +33,12 @@ def show_log() -> None:
   log.setLevel(logging.INFO)
   log.propagate = False
   log.handlers = [Console(logging.INFO)]
+
+
+def keep_compiled() -> None:
+  """Enables JAX's persistent compilation cache. Must be called before JAX is imported."""
+  if folder := compiled_folder():
+    os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', folder)
 
 
 def set_up() -> None:

@@ -7,6 +7,8 @@ Decisions:
   * Process 0 runs the coordination service, and JAX aborts the other processes as soon as process 0
     exits. After an error, process 0 therefore waits for `PARTING` seconds, so that other processes
     with the same error can exit by themselves.
+  * Several processes do not use the default folder for compiled programs, because hosts rarely
+    share it.
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,7 @@ import warnings
 import jax
 
 from vit_jax.distributed import cluster
-from vit_jax.storage import NoMistake
+from vit_jax.storage import NoMistake, compiled_folder
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     raise NoMistake(f'The processes could not connect: {error}. {ALONE}') from error
   # Printed in advance: if another process dies, this one can hang, and then JAX aborts it.
   say(f'If JAX aborts this process because another process died, {AGAIN}')
+  forget_compiled()
   # JAX stops all processes at a call that none of them has made yet. This is call 1, so a stop
   # signal that arrives before the first step stops the processes at call 2 or later.
   cluster.asked_to_stop()
@@ -119,6 +122,17 @@ def initialize(coordinator: str | None, num_processes: int | None, process_id: i
     except RuntimeError as error:
       if NO_ADDRESS not in str(error):
         raise
+
+
+def forget_compiled() -> None:
+  """Stops the use of JAX's compilation cache in its default folder.
+
+  Only process 0 writes to the cache. If the hosts do not share the folder, a resumed run would find
+  the compiled step only in process 0. On GPUs, the other processes would then wait for the results
+  of autotuning from process 0, without end. A folder that the user has set stays in use.
+  """
+  if jax.config.jax_compilation_cache_dir == compiled_folder():
+    jax.config.update('jax_compilation_cache_dir', None)
 
 
 def check_alone() -> None:

@@ -136,6 +136,16 @@ def make_train_step(exp: Experiment, training: Training, mesh: jax.sharding.Mesh
   Each call donates the arrays of the given state, so the caller cannot use them afterwards.
   """
   step = functools.partial(train_step, exp=exp, training=training, mesh=mesh)
-  on_gpu = target(mesh).platform in ('cuda', 'rocm')
-  options = DETERMINISTIC if exp.config.deterministic and on_gpu else None
+  options = compiler_options(exp.config.deterministic, mesh)
   return jax.jit(step, donate_argnums=0, compiler_options=options)
+
+
+def compiler_options(deterministic: bool, mesh: jax.sharding.Mesh | None = None) -> dict | None:
+  """Returns the compiler options for the programs of a run; None if there are none.
+
+  Args:
+    deterministic: `deterministic` of the config.
+    mesh: mesh of the devices; None for the devices of this process.
+  """
+  on_gpu = target(mesh).platform in ('cuda', 'rocm')
+  return DETERMINISTIC if deterministic and on_gpu else None

@@ -27,6 +27,7 @@ from vit_jax.limits import is_full
 from vit_jax.model import flash, flash_obstacle, plain
 from vit_jax.optim import Training
 from vit_jax.training.compiling import attention_shapes, estimated, resumed
+from vit_jax.training.step import compiler_options
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
       it is correct.
   """
   for shape in shapes:
-    if wrong := first_difference(shape, dtype):
+    if wrong := first_difference(shape, dtype, deterministic):
       log.warning(
         'cuDNN does not compute attention correctly here (%s). Using model.attention=plain.', wrong
       )
@@ -129,18 +130,22 @@ def decide(shapes: list[tuple[int, int, int, int]], dtype: jnp.dtype, determinis
   return choice
 
 
-def first_difference(shape: tuple[int, int, int, int], dtype: jnp.dtype) -> str:
+def first_difference(
+  shape: tuple[int, int, int, int], dtype: jnp.dtype, deterministic: bool = False
+) -> str:
   """Describes the first incorrect output or gradient of cuDNN; returns '' if all are correct.
 
   If cuDNN raises an error, the result has the shape and the first line of its message.
 
-  `shape` is the shape `[B, N, K, E]` of queries, keys and values with K heads of size E, and
-  `dtype` is their type.
+  Args:
+    shape: shape `[B, N, K, E]` of queries, keys and values with K heads of size E.
+    dtype: type of queries, keys and values.
+    deterministic: whether to test cuDNN's deterministic algorithms, which such a run uses.
   """
   for name, (factor, offset) in INPUTS.items():
     given, where = draw(shape, dtype, factor, offset), f'shape {"x".join(map(str, shape))}'
     try:
-      computed = jax.block_until_ready(value_and_gradients(flash)(*given))
+      computed = jax.block_until_ready(value_and_gradients(flash, deterministic)(*given))
     except (RuntimeError, ValueError) as failure:
       if is_full(failure):
         raise
@@ -191,18 +196,22 @@ def draw(shape: tuple[int, int, int, int], dtype: jnp.dtype, factor: float, offs
 
 
 @functools.cache
-def value_and_gradients(kernel):
+def value_and_gradients(kernel, deterministic: bool = False):
   """Returns a jitted function that runs an attention kernel forward and backward.
 
   The function is `(query, key, value, dy) -> (y, dquery, dkey, dvalue)`. `y` is the output of the
   kernel, and `dy` is the gradient of a loss with respect to `y`.
+
+  Args:
+    kernel: kernel of `vit_jax.model`.
+    deterministic: whether to compile the function like the training step of a deterministic run.
   """
 
   def run(query, key, value, dy):
     y, pull = jax.vjp(lambda *qkv: kernel(*qkv, None, 0.0), query, key, value)
     return y, *pull(dy)
 
-  return jax.jit(run)
+  return jax.jit(run, compiler_options=compiler_options(deterministic))
 
 
 def duration(kernel, shape: tuple[int, int, int, int], dtype: jnp.dtype) -> float:
