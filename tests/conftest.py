@@ -95,7 +95,7 @@ def trained(tmp_path_factory):
   """A finished run: (workdir, result)."""
   from vit_jax.training import trainer
 
-  workdir = tmp_path_factory.mktemp('run')
+  workdir = tmp_path_factory.mktemp('run') / 'lr=[0.1]'  # `glob` must take the name literally
   return workdir, trainer.train(small_config(), workdir)
 
 

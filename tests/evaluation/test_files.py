@@ -69,6 +69,16 @@ def test_a_file_with_the_signs_of_a_pattern_in_its_name_is_found(photos):
   assert files.find_images(file) == [file]
 
 
+def test_a_pattern_can_be_in_a_folder_with_the_signs_of_a_pattern_in_its_name(photos, monkeypatch):
+  folder = photos / 'a [01]'
+  (photos / 'a').rename(folder)
+  wanted = [folder / '0.png', folder / '1.png']
+  assert files.find_images(folder / '*.png') == wanted
+  assert files.find_images(photos / 'a ?[01]?]' / '*.png') == wanted
+  monkeypatch.chdir(folder)
+  assert files.find_images('?.png') == [pathlib.Path('0.png'), pathlib.Path('1.png')]
+
+
 def test_find_images_follows_links_to_folders_but_no_loops(photos):
   links = photos / 'links'
   links.mkdir()

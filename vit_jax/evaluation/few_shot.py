@@ -6,16 +6,18 @@ training images per class.
 
 Decisions:
   * The training images for a small number of shots are also used for every larger number of shots.
-  * Features are computed only for the drawn training images and for the test split.
+  * Only the drawn training images and the test split are decoded and turned into features. So the
+    training split is streamed, whatever `data.cache` says.
 """
 
+import dataclasses
 import functools
 import logging
 
 import numpy as np
 
 from vit_jax import opening, storage
-from vit_jax.data import Features, Split, overlap
+from vit_jax.data import Features, Split, open_split, overlap, report_split
 from vit_jax.distributed import inference_mesh, replicate
 from vit_jax.evaluation import data, features
 from vit_jax.experiment import Experiment
@@ -149,28 +151,13 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
     ValueError: a class has no readable training image, the two splits share examples, or images can
       have several labels.
   """
-  config = exp.config
-  if exp.task.multi_label:
-    raise ValueError(
-      'Few-shot accuracy is defined for one label per image, but these images can have several. '
-      'Train a linear probe instead: --config=configs/linear_probe.py.'
-    )
-  source, splits = data.open_data(exp), config.data
-  if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
-    raise ValueError(
-      f'data.train_split={splits.train_split!r} shares examples with '
-      f'data.eval_split={splits.eval_split!r}, so training images would be used for testing. '
-      'Choose splits that do not overlap.'
-    )
-  unseen, left_out = data.open_test(exp, source)
-  train, test = data.load_splits(exp, (source, splits.train_split), (unseen, splits.eval_split))
+  train, test, left_out = open_both(exp)
   drawn, needed = draw_readable(train, exp.task.class_names)
-  mesh = inference_mesh(config.eval_batch_size)
+  batch_size = exp.config.eval_batch_size
+  mesh = inference_mesh(batch_size)
   step = features.make_feature_step(exp, mesh)
   params = replicate(mesh, params)
-  compute = lambda examples: features.compute_features(
-    step, params, examples, config.eval_batch_size, mesh
-  )
+  compute = lambda examples: features.compute_features(step, params, examples, batch_size, mesh)
   parts = [compute(train.some(part)) for part in in_parts(needed)]
   known = functools.reduce(lambda a, b: a.joined(b), parts)
   tested = compute(test)
@@ -185,6 +172,32 @@ def score_backbone(exp: Experiment, params: dict, classifier: str = 'ridge') -> 
   result = {'shots': scores, 'examples': len(tested), 'classifier': classifier}
   result |= {'l2': L2} if classifier == 'ridge' else {}
   return result | ({'left_out': left_out} if left_out else {})
+
+
+def open_both(exp: Experiment) -> tuple[Split, Split, int]:
+  """Returns the training split, the test split, and the number of test images that are left out.
+
+  Raises:
+    ValueError: the two splits share examples, or images can have several labels.
+  """
+  if exp.task.multi_label:
+    raise ValueError(
+      'Few-shot accuracy is defined for one label per image, but these images can have several. '
+      'Train a linear probe instead: --config=configs/linear_probe.py.'
+    )
+  source, splits = data.open_data(exp), exp.config.data
+  if overlap(source.pieces(splits.train_split), source.pieces(splits.eval_split)):
+    raise ValueError(
+      f'data.train_split={splits.train_split!r} shares examples with '
+      f'data.eval_split={splits.eval_split!r}, so training images would be used for testing. '
+      'Choose splits that do not overlap.'
+    )
+  unseen, left_out = data.open_test(exp, source)
+  streamed = dataclasses.replace(exp.reading, cache='stream')
+  train = open_split(streamed, source, splits.train_split, exp.task.stored_size)
+  report_split(splits.train_split, train)
+  test = data.load_split(exp, splits.eval_split, unseen)
+  return train, test, left_out
 
 
 def over_seeds(values: list[float]) -> dict:

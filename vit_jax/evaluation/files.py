@@ -42,13 +42,19 @@ def find_images(paths: PathLike | Iterable[PathLike]) -> list[pathlib.Path]:
         raise ValueError(f'{path}: no images in this folder (looked for {kinds}).')
       found += inside
     elif not os.path.exists(path) and any(sign in str(path) for sign in '*?['):
-      inside = [p for p in glob.iglob(str(path), recursive=True) if is_image(p)]
+      inside = [p for p in glob.iglob(pattern_of(path), recursive=True) if is_image(p)]
       if not inside:
         raise ValueError(f'{path}: no image matches this pattern (looked for {kinds}).')
       found += sorted(map(pathlib.Path, inside))
     else:
       found.append(path)
   return found
+
+
+def pattern_of(path: pathlib.Path) -> str:
+  """Returns the glob pattern of a path, with the names of existing folders taken literally."""
+  folder = next(folder for folder in path.parents if folder.is_dir())
+  return os.path.join(glob.escape(str(folder)), path.relative_to(folder))
 
 
 def images_below(folder: pathlib.Path) -> list[pathlib.Path]:

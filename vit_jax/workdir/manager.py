@@ -3,9 +3,12 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import glob
 import logging
+import os
 import pathlib
 
+from etils import epath
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
@@ -71,6 +74,7 @@ def open_manager(
   """
   kept = [policies.LatestN(max(keep, 1)), Best(scored), policies.CustomSteps(finished)]
   set_array_handler()  # before the handlers are created
+  take_folders_literally()
   who = {'multiprocessing_options': everyone(agreement) if agreement else items.ALONE}
   handlers = {
     **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
@@ -127,3 +131,15 @@ def set_array_handler() -> None:
     type_handlers.register_type_handler(jax.Array, handler, override=True)
   finally:
     logger.removeFilter(items.is_error)
+
+
+@functools.cache
+def take_folders_literally() -> None:
+  """Corrects `glob` of `etils.epath`, which reads `[`, `*` and `?` in a folder's path as a pattern.
+
+  To complete a checkpoint, orbax calls `glob` for the folder of the checkpoint. Without this
+  correction, a checkpoint below a folder such as `runs/lr=[0.1]` would not contain its arrays.
+  """
+  kind = type(epath.Path())
+  find = kind.glob
+  kind.glob = lambda self, pattern: find(kind(glob.escape(os.fspath(self))), pattern)
