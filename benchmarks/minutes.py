@@ -25,7 +25,8 @@ def draw_minutes(names: Sequence[str]) -> Figure:
   for name in names:
     result = writer.read_json(collect.RESULTS / f'{name}.json')
     file = collect.RESULTS / name / f'seed{result["seeds"][0]}.jsonl'
-    minutes, accuracies = by_minutes([json.loads(line) for line in file.open(encoding='utf-8')])
+    lines = file.read_text(encoding='utf-8').splitlines()
+    minutes, accuracies = by_minutes(list(map(json.loads, lines)))
     epochs = result['runs'][0]['config']['epochs']
     machine = result['machine'].split(' of ')[-1]
     label = f'{name.split("_")[1]}, {epochs:g} epochs: {accuracies[-1]:.1%} ({machine})'

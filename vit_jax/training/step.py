@@ -104,7 +104,7 @@ def train_step(
     params = optax.apply_updates(trained, updates) | frozen
   metrics = {
     'score': score,
-    'grad_norm': optax.global_norm(grads),
+    'grad_norm': optax.tree.norm(grads),
     'learning_rate': training.schedule(state.step),
   }
   if bad_B is not None:
