@@ -13,6 +13,7 @@ import sys
 import threading
 import zlib
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,7 @@ from vit_jax import experiment, storage
 from vit_jax.distributed import agreement
 from vit_jax.evaluation import exact
 from vit_jax.training import state, trainer
-from vit_jax.workdir import checkpoint, digests, items, restoring, stored, trained, writer
+from vit_jax.workdir import checkpoint, digests, items, manager, restoring, stored, trained, writer
 
 
 def test_three_documented_lines_restore_anywhere(trained, tmp_path):
@@ -385,6 +386,20 @@ def test_every_file_is_checked_by_exactly_one_process(tmp_path):
     file.write_bytes(b'other')
     assert [finds_damage(process) for process in range(3)].count(True) == 1
     file.write_bytes(b'whole')
+
+
+def test_a_checkpoint_that_orbax_did_not_complete_is_an_error(tmp_path, monkeypatch):
+  monkeypatch.setattr(manager, 'take_folders_literally', lambda: None)
+  kind = type(epath.Path())
+  monkeypatch.setattr(kind, 'glob', lambda *_: iter(()))  # orbax then finds no files to merge
+  now = state.TrainState(jnp.int32(3), {'head': {'bias': jnp.zeros(2)}}, {}, None)
+  message = 'Cannot write .*orbax did not write params/manifest.ocdbt, state/manifest.ocdbt, names'
+  with (
+    pytest.raises(storage.Unwritten, match=message),
+    checkpoint.Checkpoints(tmp_path) as checkpoints,
+  ):
+    checkpoints.save(now, {'config': {}, 'names': trained.TrainingFiles().item()})
+  assert not stored.all_steps(tmp_path)
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])

@@ -147,7 +147,9 @@ class Checkpoints:
     folder = stored.directory(self._workdir)
     start = f'{self._saving}.orbax-checkpoint'  # temporary name; a bucket has only final names
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
-    digests.write_digests(next(partial, folder / str(self._saving)))
+    # Without one of these files, orbax only logs a warning, but the checkpoint cannot be read.
+    needed = [f'{item}/manifest.ocdbt' for item in ('params', 'state', 'names')]
+    digests.write_digests(next(partial, folder / str(self._saving)), needed)
 
   def wait(self) -> None:
     """Waits, in all processes, until the last checkpoint is on disk.

@@ -13,6 +13,7 @@ Decisions:
     checkpoint its final name.
 """
 
+from collections.abc import Sequence
 import json
 import pathlib
 import zlib
@@ -25,9 +26,15 @@ FORMAT = 2  # value of the key `format` in the item `config`, if a checkpoint ha
 CHUNK = 2**24  # bytes that are read at once
 
 
-def write_digests(checkpoint: pathlib.Path) -> None:
-  """Writes `digests.json`: the checksums of all files in a checkpoint's items (subfolders)."""
+def write_digests(checkpoint: pathlib.Path, needed: Sequence[str] = ()) -> None:
+  """Writes `digests.json`: the checksums of all files in a checkpoint's items (subfolders).
+
+  Raises:
+    ValueError: one of the files `needed` is missing.
+  """
   found = {name: checksum(checkpoint / name) for name in files_below(checkpoint)}
+  if missing := [name for name in needed if name not in found]:
+    raise ValueError(f'orbax did not write {", ".join(missing)}')
   (checkpoint / FILE).write_bytes(json.dumps({'crc32': found}, indent=1).encode())
 
 
