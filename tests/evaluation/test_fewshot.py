@@ -172,6 +172,11 @@ def test_bad_images_are_replaced_by_others_of_their_class(opened, monkeypatch):
   assert streams[0].readable([]).shape == (0,)
 
 
+def test_the_training_split_is_not_decoded_before_its_images_are_drawn(opened):
+  train, test, left_out = few_shot.open_both(opened[0])
+  assert isinstance(train, stream.Stream) and isinstance(test, Examples) and not left_out
+
+
 def test_a_split_that_is_too_small_is_refused(capsys, trained):
   flags = ['--mode=fewshot', f'--workdir={trained[0]}', '--config.data.train_split=train[:5]']
   assert cli.main(flags) == 2
