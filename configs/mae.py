@@ -23,6 +23,8 @@ The models for 224 pixels use the recipe of MAE (He et al. 2021, 2111.06377, Sec
 Choices of this project, not of the paper:
   * average pooling of the patch tokens; the paper finds it as good as a class token (Appendix A.1);
   * random crops are resized with a filter close to bilinear; the paper's code uses bicubic;
+  * pixels are scaled to -1 to 1; the paper's code normalizes each channel;
+  * the frequencies of the sine-cosine positions are those of big_vision;
   * patches of 14 pixels for `h14`; bfloat16 for the models at 224 pixels;
   * the whole recipe of `tiny` and `small`, including their decoder of 2 blocks;
   * for `folder`, a new run chooses batch size, epochs, warm-up and learning rate, as in

@@ -153,12 +153,17 @@ def check_frozen(config: ConfigDict, trains: bool) -> None:
     wrong = [f'{key}={config[key]}' for key, value in set_too.items() if config[key] != value]
     if (weights := config.loss.class_weights) != 'none':
       wrong.append(f'loss.class_weights={weights}')
+    if config.distill.teacher:
+      wrong.append(f'distill.teacher={config.distill.teacher}')
     if wrong:
+      further = (
+        'To train the computed head further, start a second run with --config.init=<this workdir>.'
+      )
       raise ValueError(
         f'classifier={config.classifier} computes the head without training, so it cannot be '
         f'combined with {", ".join(wrong)}. Set epochs=0, and keep the defaults of freeze, '
-        'adapt, sweep, ema and loss.class_weights. To train the computed head further, start a '
-        'second run with --config.init=<this workdir>.'
+        'adapt, sweep, ema, loss.class_weights and distill.teacher. '
+        + (further if config.classifier == 'ridge' else 'This head cannot be trained further.')
       )
   if config.adapt and config.freeze:
     raise ValueError(

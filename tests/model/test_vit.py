@@ -467,7 +467,9 @@ def test_the_head_starts_at_zero():
     (dict(position_grid=(14.5, 14)), 'model.position_grid must be two positive integers'),
     (dict(resnet=(2, 1.5), patch_size=8), 'a positive number of units for each stage'),
     (dict(resnet=(2, 0), patch_size=8), 'a positive number of units for each stage'),
-    (dict(resnet=(1,), resnet_width=48), 'a width that is a multiple of 32'),
+    (dict(resnet=(1,), resnet_width=48), 'a width that is a positive multiple of 32'),
+    (dict(resnet=(1,), resnet_width=0), 'a width that is a positive multiple of 32'),
+    (dict(resnet=(1,), resnet_width=-32), 'a width that is a positive multiple of 32'),
     (dict(pool='distilled', num_registers=1, cosine=True), 'model.cosine is not supported'),
   ],
 )

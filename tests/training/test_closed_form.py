@@ -183,6 +183,8 @@ def test_skipped_images_leave_padding_in_a_knn_head(monkeypatch):
   ({'classifier': 'knn', 'epochs': '0'}, 'knn does not train the backbone.*random weights'),
   ({'classifier': 'ridge', 'init': 'x'}, 'cannot be combined with epochs=1.0. Set epochs=0'),
   ({'classifier': 'ridge', 'epochs': '0', 'ema': '0.5'}, 'cannot be combined with ema=0.5'),
+  ({'classifier': 'ridge', 'epochs': '0', 'distill.teacher': 'x'}, 'with distill.teacher=x.*init='),
+  ({'classifier': 'knn', 'epochs': '1'}, 'This head cannot be trained further'),
   ({'classifier': 'tree', 'epochs': '0'}, "unknown 'tree'.*Valid: '' .empty., knn, ridge"),
 ])  # fmt: skip
 def test_wrong_settings_are_rejected(overrides, message, tmp_path):

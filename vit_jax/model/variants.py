@@ -188,10 +188,11 @@ def check_patches(model: ViT) -> None:
       f'{as_size(model.embedding_size)} pixels. The patches of a hybrid (model.resnet) cannot be '
       'resized. Use the patch size of the weights.'
     )
-  if any(type(n) is not int or n < 1 for n in model.resnet) or model.resnet_width % 32:
+  wrong_width = model.resnet_width < 1 or model.resnet_width % 32
+  if any(type(n) is not int or n < 1 for n in model.resnet) or wrong_width:
     raise ValueError(
       f'model.resnet={model.resnet}, model.resnet_width={model.resnet_width}: expected a positive '
-      'number of units for each stage, and a width that is a multiple of 32.'
+      'number of units for each stage, and a width that is a positive multiple of 32.'
     )
   stride = resnet.stem_stride(model.resnet)
   if any(size % stride for size in model.patch_size):

@@ -6,8 +6,8 @@ Decisions:
     another way. It divides the weighted loss of a batch by the sum of the weights in the batch.
   * If each image has one label, the loss of an image is multiplied by the weight of its class. If
     images can have several labels, the weight of a class multiplies the loss of this class for
-    images that have the class. With label smoothing, the weight also has a small effect on other
-    images. PyTorch's `BCEWithLogitsLoss` calls this weight `pos_weight`.
+    images that have the class. PyTorch's `BCEWithLogitsLoss` calls this weight `pos_weight`. There,
+    it also multiplies the smoothed targets of other images.
   * Only training uses the weights. Evaluation reports the loss without them.
 """
 

@@ -49,18 +49,19 @@ def sigmoid(
     logits_BL: logits.
     label_B: integer labels `[B]`, or multi-hot labels `[B, L]`.
     label_smoothing: s.
-    positive_L: for each class, a factor of the positive part of its loss, `target * log sigmoid`.
-      Without label smoothing, it affects only images that have the class. None: all factors are 1.
+    positive_L: for each class, a factor of the positive part of its loss, `target * log sigmoid`,
+      for images that have the class. None: all factors are 1.
   """
   logits_BL = logits_BL.astype(jnp.float32)
   if label_B.ndim == 1:
     label_B = jax.nn.one_hot(label_B, logits_BL.shape[-1])
-  target_BL = label_B.astype(jnp.float32)
-  share_B1 = target_BL.mean(axis=-1, keepdims=True)
-  target_BL = (1 - label_smoothing) * target_BL + label_smoothing * share_B1
+  label_BL = label_B.astype(jnp.float32)
+  share_B1 = label_BL.mean(axis=-1, keepdims=True)
+  target_BL = (1 - label_smoothing) * label_BL + label_smoothing * share_B1
   if positive_L is None:
     return optax.sigmoid_binary_cross_entropy(logits_BL, target_BL).sum(-1)
-  positive_BL = positive_L * target_BL * jax.nn.log_sigmoid(logits_BL)
+  # Other images keep their small smoothed target: the weight of a rare class would make it large.
+  positive_BL = jnp.where(label_BL > 0, positive_L, 1) * target_BL * jax.nn.log_sigmoid(logits_BL)
   return -(positive_BL + (1 - target_BL) * jax.nn.log_sigmoid(-logits_BL)).sum(-1)
 
 
