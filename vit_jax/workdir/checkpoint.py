@@ -148,7 +148,7 @@ class Checkpoints:
     start = f'{self._saving}.orbax-checkpoint'  # temporary name; a bucket has only final names
     partial = (path for path in folder.iterdir() if path.name.startswith(start))
     # Without one of these files, orbax only logs a warning, but the checkpoint cannot be read.
-    needed = [f'{item}/manifest.ocdbt' for item in ('params', 'state', 'names')]
+    needed = [f'{item}/manifest.ocdbt' for item in items.ARRAYS]
     digests.write_digests(next(partial, folder / str(self._saving)), needed)
 
   def wait(self) -> None:

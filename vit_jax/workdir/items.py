@@ -40,6 +40,8 @@ LIMITS = (
   os.strerror(errno.ENOMEM),
 )  # fmt: skip
 
+ARRAYS = 'params', 'state', 'names'  # the items with arrays; the fourth item, `config`, is JSON
+
 # Options for orbax: only process 0 takes part.
 ALONE = ocp.options.MultiprocessingOptions(active_processes={0})
 

@@ -77,7 +77,7 @@ def open_manager(
   take_folders_literally()
   who = {'multiprocessing_options': everyone(agreement) if agreement else items.ALONE}
   handlers = {
-    **{name: ocp.StandardCheckpointHandler(**who) for name in ('params', 'state', 'names')},
+    **{name: ocp.StandardCheckpointHandler(**who) for name in items.ARRAYS},
     'config': ocp.JsonCheckpointHandler(**who),
   }
   if agreement:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 SAVED = {'config', 'task', 'seconds'}  # keys that the item `config` of every checkpoint has
 
-ITEMS = ('config', 'params', 'state', 'names')  # parts of a checkpoint (`checkpoint.py`)
+ITEMS = ('config', *items.ARRAYS)  # parts of a checkpoint (`checkpoint.py`)
 
 
 def directory(workdir: pathlib.Path) -> pathlib.Path:
